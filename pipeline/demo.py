@@ -1,0 +1,75 @@
+"""The demo's own part: a base model from nothing, then the same verbs that everyone else calls."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.demo_data import build
+from pipeline.runs import load_tokenizer, run_training, tokens_of
+from schemas.config import Config, Corpus, Train
+from schemas.errors import UserError
+from score_jobs.corpus import Document, read_documents, resolve, survey
+
+VOCABULARY = 2048
+
+
+def make_data(folder: Path) -> dict:
+    """Build the demo's corpus, curated corpus and held-out material in `folder`."""
+    return build(folder)
+
+
+def make_base(config: Config, data: Path) -> Path:
+    """A 1M-parameter Llama trained on pages that are not in the corpus; stands for TinyLlama."""
+    final = Path(config.base)
+    if final.name != "final":
+        raise UserError(f"base: `{config.base}` is not a demo config's; the demo trains its own base into <folder>/final")
+    pages = Corpus(paths=[str(data / "base" / "*.jsonl.zst")])
+    start = final.parent / "init"
+    if not (start / "model.safetensors").exists():
+        make_tokenizer([pages, config.corpus], start)
+        torch.manual_seed(0)
+        LlamaForCausalLM(model_shape(config.context.window)).save_pretrained(start)
+    settings = Train(
+        output=final.parent,
+        epochs=2,
+        tokens_per_step=8192,
+        micro_rows=32,
+        learning_rate=3e-3,
+        dtype="bfloat16",
+        checkpoint_every=10_000,
+    )
+    tokenizer = load_tokenizer(start, "base")
+    return run_training("train base", config, settings, start, tokens_of(pages, tokenizer, config.context), tokenizer)
+
+
+def model_shape(window: int) -> LlamaConfig:
+    """The demo's architecture, 1.1M parameters."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=max(512, window),
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def make_tokenizer(corpora: list[Corpus], folder: Path) -> None:
+    """Train a byte-level BPE on the demo's text and save it as a Hugging Face tokenizer."""
+    texts = [
+        row.text
+        for corpus in corpora
+        for url in resolve(corpus)
+        for row in read_documents(url, 0, survey(url)[2], corpus)
+        if isinstance(row, Document)
+    ]
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)

@@ -1,0 +1,315 @@
+"""The demo's data, made from installed packages: no download, the same bytes for the same seed and versions.
+
+The corpus stands for OpenWebMath: manual pages (docstrings of numpy, sympy, networkx) with page furniture, and worked
+problems hidden between their sections: reasoning-gym's GSM templates and CHAMP's model-written solutions, right and
+wrong. The curated corpus holds worked answers only. Templates and competition problems in held-out material occur
+nowhere else; the base model's pages come from modules that are not in the corpus.
+"""
+
+import ast
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from importlib import metadata, util
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from schemas.errors import UserError
+
+PACKAGES = ("networkx", "numpy", "sympy")
+SOURCES = (*PACKAGES, "champ-dataset", "reasoning-gym")
+COLUMNS = ("url", "text", "date", "metadata")
+SHARDS = 2
+ZSTD_LEVEL = 9
+# Bytes of UTF-8 text at scale 1; tuned so that three training arms fit in minutes on two cores.
+CORPUS_MANUALS, CORPUS_GSM, CORPUS_CHAMP = 2_900_000, 700_000, 400_000
+BASE_MANUALS, CURATED_GSM = 2_500_000, 900_000
+TARGET_GSM, EXACT_MATCH = 300, 100
+HELDOUT_SHARE = 0.25
+GSM_SUFFIX = " Give the result as your final answer. Do not include units."
+PAGE_BYTES = (800, 2_000, 5_000, 12_000)
+
+Row = dict[str, Any]
+
+
+class Sources:
+    """The raw problems, split once by seed: `templates` and `problems` are what training text may use."""
+
+    def __init__(self, seed: int) -> None:
+        """Read CHAMP's JSON and list reasoning-gym's templates; shuffle each and hold out a quarter."""
+        from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
+
+        self.seed = seed
+        rng = random.Random(f"{seed} split")
+        path = metadata.distribution("champ-dataset").locate_file("champ_dataset/dataset_files/v0.json")
+        self.champ: dict[str, Row] = json.loads(Path(str(path)).read_text(encoding="utf-8"))["problems"]
+        self.heldout_templates, self.templates = halve(rng, [int(task) for task in tasks_ok])
+        self.heldout_problems, self.problems = halve(rng, sorted(self.champ))
+
+    def gsm(self, purpose: int, templates: set[Any]) -> Iterator[tuple[int, str, str, str]]:
+        """Endless distinct (template, prompt, worked answer, number); another `purpose`, other items."""
+        from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
+
+        # An item is drawn from seed + index, so nearby seeds would repeat items; a billion apart they cannot.
+        config = GSMSymbolicDatasetConfig(seed=(self.seed * 16 + purpose) * 10**9, size=100_000)
+        made, seen = GSMSymbolicDataset(config), set()
+        for index, template in enumerate(made.task_indices):
+            if template in templates:
+                item = made[index]
+                question = item["question"].removesuffix(GSM_SUFFIX)
+                if question not in seen:
+                    seen.add(question)
+                    yield template, ask(question), answer(item["metadata"]["answer_cot"]), item["answer"]
+
+    def champ_outputs(self, rng: random.Random) -> Iterator[str]:
+        """Model-written solutions of training problems, right and wrong, in random order."""
+        told = []
+        for problem in sorted(self.problems):
+            row = self.champ[problem]
+            for setting, talk in sorted(row["conversations"].items()):
+                first = next((said for said in talk["messages"] if said["role"].startswith("Model.")), None)
+                # Prompts of 5-Shot show other problems' solutions, which a model may repeat.
+                if first and first["text"] and not setting.endswith("5-Shot"):
+                    told.append(ask(row["_text"]) + answer(first["text"]))
+        rng.shuffle(told)
+        return iter(dict.fromkeys(told))
+
+    def champ_expert(self, problem: str) -> tuple[str, str]:
+        """(prompt, solution written by CHAMP's authors)."""
+        steps = [step["_text"] for step in self.champ[problem]["solution"]["steps"]]
+        return ask(self.champ[problem]["_text"]), answer("\n".join([*steps, f"#### {self.champ[problem]['_answer']}"]))
+
+
+def halve(rng: random.Random, items: list[Any]) -> tuple[set[Any], set[Any]]:
+    """(held out, rest)."""
+    rng.shuffle(items)
+    cut = round(len(items) * HELDOUT_SHARE)
+    return set(items[:cut]), set(items[cut:])
+
+
+def ask(question: str) -> str:
+    """The prompt of a problem; the text that follows starts with a space."""
+    return f"Problem: {question.strip()}\nAnswer:"
+
+
+def answer(text: str) -> str:
+    """What follows `ask`, without blank lines: a problem is one paragraph of its page."""
+    return " " + "\n".join(line.rstrip() for line in text.strip().splitlines() if line.strip())
+
+
+def until(texts: Iterator[str], budget: float) -> Iterator[str]:
+    """Texts while their total stays below `budget` bytes of UTF-8."""
+    for text in texts:
+        budget -= len(text.encode())
+        if budget < 0:
+            return
+        yield text
+
+
+def modules() -> list[tuple[str, Path]]:
+    """(dotted name, file) of the packages' modules, tests left out; nothing is imported."""
+    found = []
+    for package in PACKAGES:
+        spec = util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise UserError(f"demo data: {package} is not installed; install the demo's requirements")
+        root = Path(spec.origin).parent
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root.parent).with_suffix("").parts
+            if "tests" not in parts:
+                found.append((".".join(parts).removesuffix(".__init__"), path))
+    return found
+
+
+def sections(name: str, path: Path) -> Iterator[str]:
+    """A module's manual: its own docstring, then each documented class and function with its signature."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    todo: list[tuple[str, ast.AST]] = [(name, tree)]
+    while todo:
+        owner, node = todo.pop(0)
+        inner = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.FunctionDef | ast.ClassDef)]
+        if not isinstance(node, ast.FunctionDef):
+            todo += [(f"{owner}.{part.name}", part) for part in inner]
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            continue
+        text = ast.get_docstring(node)
+        if text and len(text) > 80:
+            line = getattr(node, "lineno", 1)
+            head = f"## {owner}{signature(node)} ¶\n[source] {path.name}, line {line}"
+            yield f"{head}\n\n{text}{member_table(inner)}"
+
+
+def signature(node: ast.AST) -> str:
+    """A function's parameters as written."""
+    return f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
+
+
+def member_table(members: list[Any]) -> str:
+    """The table that API manuals show below a class or module."""
+    shown = [node for node in members if not node.name.startswith("_")]
+    rows = [f"| {node.name} | {type(node).__name__[:-3].lower()} | line {node.lineno} |" for node in shown]
+    return "\n\n| Name | Kind | Source |\n|---|---|---|\n" + "\n".join(rows) if rows else ""
+
+
+def furniture(rng: random.Random, name: str, number: int) -> tuple[str, str]:
+    """(top, foot) of a page: navigation, revision, counters, as a crawler finds them."""
+    parts = name.split(".")
+    year, month, day = rng.randrange(2008, 2024), rng.randrange(1, 13), rng.randrange(1, 29)
+    top = " » ".join(["Home", *parts]) + " | Index | Modules | Search | Log in\n"
+    top += f"{name} (page {number}) - {parts[0]} {metadata.version(parts[0])} manual"
+    foot = f"Last modified {year}-{month:02}-{day:02} by user{rng.randrange(10**5)}, revision {rng.getrandbits(40):010x}."
+    foot += f"\nViewed {rng.randrange(100, 99_999):,} times | {rng.randrange(40)} comments | Permalink | Report an error"
+    return top, foot
+
+
+def pages(rng: random.Random, files: list[tuple[str, Path]], budget: float) -> Iterator[tuple[str, int, list[str]]]:
+    """(module, page number, paragraphs) of mixed lengths until `budget` bytes are used."""
+    for name, path in files:
+        page: list[str] = []
+        number, room = 1, rng.choice(PAGE_BYTES)
+        for section in [*sections(name, path), ""]:
+            page += [section] if section else []
+            size = sum(len(part.encode()) for part in page)
+            if page and (size > room or not section):
+                yield name, number, page
+                budget -= size
+                if budget < 0:
+                    return
+                page, number, room = [], number + 1, rng.choice(PAGE_BYTES)
+
+
+def documents(rng: random.Random, site: str, found: list[tuple[str, int, list[str]]], hidden: list[str]) -> list[Row]:
+    """OpenWebMath rows, shuffled; every hidden problem becomes a paragraph of a random page."""
+    counts = [0] * len(found)
+    for problem in hidden:
+        page = rng.randrange(len(found))
+        found[page][2].insert(rng.randrange(len(found[page][2]) + 1), problem)
+        counts[page] += 1
+    rows = []
+    for (name, number, parts), count in zip(found, counts, strict=True):
+        top, foot = furniture(rng, name, number)
+        about = {"package": name.split(".")[0], "module": name, "problems": count}
+        rows.append(
+            {
+                "url": f"https://demo.tokensift.invalid/{site}/{name.replace('.', '/')}/{number}",
+                "text": "\n\n".join([top, *parts, foot]),
+                "date": f"{rng.randrange(2013, 2024)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02} 00:00:00",
+                "metadata": json.dumps(about),
+            }
+        )
+    rng.shuffle(rows)
+    return rows
+
+
+def corpora(sources: Sources, scale: float) -> dict[str, list[Row]]:
+    """File name (below the folder) to rows, for the three corpora."""
+    rng = random.Random(f"{sources.seed} corpora")
+    files = modules()
+    rng.shuffle(files)
+    half = len(files) // 2
+    gsm = (prompt + text for _, prompt, text, _ in sources.gsm(1, sources.templates))
+    hidden = [*until(gsm, CORPUS_GSM * scale), *until(sources.champ_outputs(rng), CORPUS_CHAMP * scale)]
+    noisy = documents(rng, "corpus", list(pages(rng, files[:half], CORPUS_MANUALS * scale)), hidden)
+    clean = documents(rng, "base", list(pages(rng, files[half:], BASE_MANUALS * scale)), [])
+    made = {f"corpus/owm-style-{i:05}.jsonl.zst": noisy[i :: 2 * SHARDS] for i in range(SHARDS)}
+    made |= {f"corpus/owm-style-{i:05}.parquet": noisy[i :: 2 * SHARDS] for i in range(SHARDS, 2 * SHARDS)}
+    return made | {"base/pages.jsonl.zst": clean, "reference/curated.jsonl.zst": curated(sources, rng, scale)}
+
+
+def curated(sources: Sources, rng: random.Random, scale: float) -> list[Row]:
+    """Worked answers of training templates, and the experts' solutions of training problems."""
+    gsm = (prompt + text for _, prompt, text, _ in sources.gsm(2, sources.templates))
+    texts = list(until(gsm, CURATED_GSM * scale))
+    texts += ["".join(sources.champ_expert(problem)) for problem in sorted(sources.problems)]
+    rng.shuffle(texts)
+    return [{"id": f"curated-{i:05}", "text": text} for i, text in enumerate(texts)]
+
+
+def heldout(sources: Sources, scale: float) -> dict[str, list[Row]]:
+    """Target-domain items (loss on `text` given `prompt`) and exact-match problems."""
+    drawn = sources.gsm(3, sources.heldout_templates)
+    target = [
+        {"id": f"gsm-{i:04}", "source": "gsm_symbolic", "template": template, "prompt": prompt, "text": text}
+        for i, (template, prompt, text, _) in enumerate(islice(drawn, round(TARGET_GSM * scale)))
+    ]
+    for problem in sorted(sources.heldout_problems):
+        prompt, text = sources.champ_expert(problem)
+        target.append({"id": problem, "source": "champ", "prompt": prompt, "text": text})
+    problems = [
+        {"id": f"exact-{i:04}", "template": template, "prompt": prompt, "answer": number}
+        for i, (template, prompt, _, number) in enumerate(islice(drawn, round(EXACT_MATCH * scale)))
+    ]
+    return {"heldout/target.jsonl": target, "heldout/problems.jsonl": problems}
+
+
+def encode(name: str, rows: list[Row]) -> bytes:
+    """Rows as the file format that the name's ending asks for; no timestamps, so equal rows give equal bytes."""
+    if name.endswith(".parquet"):
+        schema = pa.schema([(column, pa.string()) for column in COLUMNS])
+        sink = io.BytesIO()
+        table = pa.Table.from_pylist(rows, schema)
+        pq.write_table(table, sink, compression="zstd", compression_level=ZSTD_LEVEL, row_group_size=256)
+        return sink.getvalue()
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(lines) if name.endswith(".zst") else lines
+
+
+def intact(folder: Path, seed: int, scale: float) -> dict | None:
+    """The manifest if it is there, was made with the same settings, and every file still matches."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        good = (manifest["seed"], manifest["scale"], manifest["sources"]) == (seed, scale, versions()) and all(
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"]
+            for name, facts in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if good else None
+
+
+def versions() -> dict[str, dict[str, str]]:
+    """Version and licence of each package that gives text."""
+    about = {name: metadata.metadata(name) for name in SOURCES}
+    return {
+        name: {"version": facts["Version"], "licence": facts["License-Expression"] or facts["License"]}
+        for name, facts in about.items()
+    }
+
+
+def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict:
+    """Make the demo's data in `folder` unless it is there and intact; returns the manifest (sizes in bytes)."""
+    folder = Path(folder)
+    if manifest := intact(folder, seed, scale):
+        return manifest
+    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+        raise UserError(f"demo data: {folder} holds files that the demo did not make; name an empty folder")
+    sources = Sources(seed)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    files = {}
+    for name, rows in (corpora(sources, scale) | heldout(sources, scale)).items():
+        data = encode(name, rows)
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / name).write_bytes(data)
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "documents": len(rows)}
+    manifest = {"files": files, "sources": versions(), "seed": seed, "scale": scale}
+    manifest["heldout"] = {
+        "gsm_templates": sorted(sources.heldout_templates),
+        "champ_problems": sorted(sources.heldout_problems),
+    }
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return manifest

@@ -1,0 +1,106 @@
+"""Held-out evaluation: loss on target-domain text and exact match on problems, for any checkpoint.
+
+Full-token perplexity gets worse under selective training by design, so neither is measured on the corpus.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from schemas.config import Config, Context
+from schemas.errors import UserError
+from schemas.packing import IGNORE, best_fit, collate
+from trainer.live import Live
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+GENERATED_TOGETHER = 32
+
+
+class TargetLoss:
+    """Mean loss of held-out texts given their prompts; tokenised once, then called on any live model."""
+
+    def __init__(self, path: Path, tokenizer: Any, context: Context, batch_tokens: int):
+        """Read JSON lines of {prompt, text}; tokens beyond `context.window` are not judged."""
+        self.windows: list[np.ndarray] = []
+        self.prompts: list[int] = []
+        self.bytes, self.row_tokens, self.rows = 0, context.window, max(1, batch_tokens // context.window)
+        head = [tokenizer.bos_token_id] if context.bos else []
+        for row in read_rows(path, "eval.target", ("prompt", "text")):
+            prompt = head + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+            text = tokenizer(row["text"], add_special_tokens=False)["input_ids"][: context.window - len(prompt)]
+            if len(prompt) < context.window and text:
+                self.windows.append(np.array(prompt + text, dtype=np.int64))
+                self.prompts.append(len(prompt))
+                self.bytes += len(tokenizer.decode(text).encode())
+        if not self.windows:
+            raise UserError(f"eval.target: {path} has no row that fits in context.window ({context.window}); raise it")
+
+    @torch.no_grad()
+    def __call__(self, live: Live) -> dict[str, float]:
+        """`target_loss` in nats/token and `target_bits_per_byte`."""
+        device = next(live.parameters()).device
+        rows = best_fit([len(window) for window in self.windows], self.row_tokens)
+        rows += [[]] * (-len(rows) % self.rows)
+        nats = tokens = 0.0
+        for start in range(0, len(rows), self.rows):
+            members = [index for row in rows[start : start + self.rows] for index in row]
+            number = {index: i for i, index in enumerate(members)}
+            batch = [[number[index] for index in row] for row in rows[start : start + self.rows]]
+            packed = collate([self.windows[index] for index in members], batch, self.row_tokens)
+            for index, (row, first) in zip(members, packed.places, strict=True):
+                packed.targets[row, first : first + self.prompts[index] - 1] = IGNORE
+            grids = (torch.from_numpy(grid).to(device) for grid in (packed.ids, packed.positions, packed.targets))
+            losses = live(*grids, lambda losses: torch.zeros_like(losses, dtype=torch.bool))[1]
+            nats += float(losses.nansum(dtype=torch.float64))
+            tokens += int((packed.targets != IGNORE).sum())
+        return {"target_loss": nats / tokens, "target_bits_per_byte": nats / math.log(2) / self.bytes}
+
+
+@torch.no_grad()
+def exact_match(model: Any, tokenizer: Any, config: Config) -> dict[str, float]:
+    """Share of held-out problems whose greedy answer ends in the right number, and how many were asked."""
+    problems = read_rows(config.eval.problems or Path(), "eval.problems", ("prompt", "answer"))
+    head = [tokenizer.bos_token_id] if config.context.bos else []
+    right = 0
+    for start in range(0, len(problems), GENERATED_TOGETHER):
+        group = problems[start : start + GENERATED_TOGETHER]
+        prompts = [head + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in group]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+        found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=config.eval.new_tokens,
+                               do_sample=False, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
+        texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+        right += sum(answers(text, str(row["answer"])) for text, row in zip(texts, group, strict=True))
+    return {"exact_match": right / max(1, len(problems)), "problems": len(problems)}
+
+
+def answers(text: str, gold: str) -> bool:
+    """Whether a completion gives the gold number: the one after `####` if there is one, else its last."""
+    text = text.split("\nProblem:")[0].replace(",", "")
+    numbers = NUMBER.findall(text.split("####", 1)[1])[:1] if "####" in text else NUMBER.findall(text)[-1:]
+    try:
+        return bool(numbers) and float(numbers[0]) == float(gold.replace(",", ""))
+    except ValueError:
+        return False
+
+
+def read_rows(path: Path, field: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """JSON lines that all have `keys`. Raises UserError naming file and line."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be read ({error.strerror}); mend the path") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in keys})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: not a JSON object with {', '.join(keys)}: {error}") from error
+    return rows

@@ -1,0 +1,90 @@
+"""Runs of the trainer as the config describes them: the reference's on curated text, the live model's on scores."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from pipeline.evaluate import TargetLoss
+from pipeline.progress import bar
+from schemas.config import Config, Context, Corpus, Objective, Train
+from schemas.context import encode_documents
+from schemas.errors import UserError
+from schemas.fingerprint import difference, local_model, tokenizer_fingerprint
+from score_jobs.corpus import Document, read_documents, resolve, survey
+from trainer.data import ScoreShards, Source, Tokens
+from trainer.ranks import join, leave
+from trainer.train import Run, train
+
+DOCUMENTS_PER_TOKENIZER_CALL = 256
+
+
+def train_live(config: Config, objective: Objective | None = None) -> Path:
+    """Stage 2: train from the base on stored scores; one folder an objective. Returns the final model's folder."""
+    objective = objective or config.train.objective
+    settings = config.train.model_copy(
+        update={"objective": objective, "output": config.train.output / objective}
+    )
+    source = ScoreShards(config.score.output)
+    base = local_model(config.base)
+    tokenizer = load_tokenizer(base, "base")
+    changed = difference(source.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
+    changed += difference(source.dataset["context"], config.context.model_dump(), "context")
+    if changed:
+        raise UserError(f"{config.score.output}: scored otherwise than `base` and `context` say; use the same:\n  "
+                        + "\n  ".join(changed))  # fmt: skip
+    return run_training(f"train {objective}", config, settings, base, source, tokenizer)
+
+
+def train_reference(config: Config) -> Path:
+    """Train the reference from the base on the curated corpus (Rho-1, section 3.1). Returns its folder."""
+    if config.reference is None:
+        raise UserError("field `reference`: missing; give its corpus and train settings, or a finished score.model")
+    base = local_model(config.base)
+    tokenizer = load_tokenizer(base, "base")
+    source = tokens_of(config.reference.corpus, tokenizer, config.context)
+    return run_training("train reference", config, config.reference.train, base, source, tokenizer)
+
+
+def run_training(
+    title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any
+) -> Path:
+    """Run the trainer with a progress bar and held-out evaluation."""
+    ranks = join()
+    evaluate = None
+    if config.eval.target:
+        evaluate = TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)
+    with bar(title, show=ranks.first) as progress:
+
+        def show(row: dict[str, Any], done: float) -> None:
+            loss = f"loss {row['loss_all']:.3f}, kept {row['loss_kept']:.3f}"
+            progress.update(done, f"{row['tokens_seen']:,} tokens, {row['tokens_per_second']:,.0f} tokens/s, {loss}")
+
+        try:
+            return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show))
+        finally:
+            if ranks.world > 1:
+                leave()
+
+
+def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> Tokens:
+    """A small corpus as windows in memory. Documents that cannot be used are counted in the error if none is left."""
+    windows: list[np.ndarray] = []
+    for url in resolve(corpus):
+        rows = list(read_documents(url, 0, survey(url)[2], corpus))
+        texts = [row.text for row in rows if isinstance(row, Document)]
+        for start in range(0, len(texts), DOCUMENTS_PER_TOKENIZER_CALL):
+            encoded = encode_documents(tokenizer, texts[start : start + DOCUMENTS_PER_TOKENIZER_CALL], context)
+            windows += [window for document in encoded for window in document]
+    if not windows:
+        raise UserError(f"corpus: {corpus.paths or corpus.dataset}: no usable document; look at column `{corpus.text}`")
+    return Tokens(windows)
+
+
+def load_tokenizer(folder: Path, field: str) -> Any:
+    """The fast tokenizer of a model folder. Raises UserError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}: {folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error

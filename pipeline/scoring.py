@@ -1,0 +1,34 @@
+"""`tokensift score` as the user sees it: a progress bar, then what was done and what is missing."""
+
+import time
+
+from pipeline.progress import bar, console
+from schemas.config import Config
+from score_jobs.job import Progress, score
+
+
+def score_with_progress(config: Config) -> int:
+    """Run stage 1; returns how many pieces are missing (0: the dataset is whole)."""
+    started = time.monotonic()
+    with bar("score") as progress:
+
+        def show(state: Progress) -> None:
+            seconds = max(time.monotonic() - started, 1e-9)
+            note = f"{state.units}/{state.units_total} units, {state.tokens / seconds:,.0f} tokens/s"
+            note += f", {state.quarantined} quarantined" if state.quarantined else ""
+            done = state.input_bytes / state.input_bytes_total if state.input_bytes_total else 0.0
+            progress.update(done, note if state.stage == "score" else state.stage)
+
+        outcome = score(config, show)
+    receipts = outcome.receipts.values()
+    tokens, documents = sum(item.tokens for item in receipts), sum(item.documents for item in receipts)
+    losses, count = sum(item.loss_sum for item in receipts), sum(item.loss_count for item in receipts)
+    console.print(
+        f"scores: {tokens:,} tokens of {documents:,} documents in {len(outcome.receipts)} units,"
+        f" mean {losses / max(count, 1):.3f} nats/token, {sum(item.quarantined for item in receipts)} quarantined;"
+        f" {outcome.new_tokens:,} tokens scored now in {time.monotonic() - started:.1f} s",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for line in outcome.missing:
+        console.print(f"missing: {line}", style="red", highlight=False, soft_wrap=True, markup=False)
+    return len(outcome.missing)

@@ -1,0 +1,48 @@
+"""Windows: the only way a document's text becomes the tokens a model is fed, in scoring and in training."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from schemas.config import Context
+from schemas.errors import UserError
+
+Tokens = np.ndarray  # int64 [length]
+
+
+def encode_documents(tokenizer: Any, texts: Sequence[str], context: Context) -> list[list[Tokens]]:
+    """Tokenise documents and cut each into windows of at most `context.window` consecutive tokens.
+
+    Returns, per document, its windows in order. A document without tokens has no windows.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    head = [_special(tokenizer, "bos")] if context.bos else []
+    tail = [_special(tokenizer, "eos")] if context.eos else []
+    return [list(cut(np.array(head + ids + tail, dtype=np.int64), context.window)) if ids else [] for ids in encoded]
+
+
+def cut(tokens: Tokens, window: int) -> Iterator[Tokens]:
+    """Consecutive pieces of at most `window` tokens; joined they are `tokens` again."""
+    for start in range(0, len(tokens), window):
+        yield tokens[start : start + window]
+
+
+def token_hash(tokens: Tokens) -> int:
+    """xxh3-64 of the tokens as little-endian uint32: what binds a score to its tokens."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens, dtype="<u4").tobytes())
+
+
+def token_hashes(windows: Iterable[Tokens]) -> np.ndarray:
+    """`token_hash` of each window, uint64 [windows]."""
+    return np.fromiter((token_hash(window) for window in windows), dtype=np.uint64)
+
+
+def _special(tokenizer: Any, kind: str) -> int:
+    token = getattr(tokenizer, f"{kind}_token_id")
+    if token is None:
+        raise UserError(f"the tokenizer has no {kind.upper()} token; set context.{kind}: false")
+    return int(token)

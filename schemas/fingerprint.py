@@ -1,0 +1,91 @@
+"""Fingerprints: what made the scores, as plain nested dictionaries that can be compared field by field."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from schemas.config import Context, Corpus, Score
+from schemas.errors import UserError
+from schemas.files import sha256_file
+
+SCHEMA_VERSION = 1
+PROBE = "Let $x_1 = 3.14$; then\n\tf(x) = \\frac{1}{2}  é 漢字 #### 42"
+MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.txt")
+
+
+def local_model(name: str) -> Path:
+    """The folder of a model: `name` itself if it is one, else the Hugging Face hub's snapshot of it.
+
+    Only safetensors weights are fetched; pickled ones are never loaded.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/")) or name.count("/") > 1:
+        raise UserError(f"model `{name}`: no such folder; train it first (`make reference`) or mend the path")
+    from huggingface_hub import snapshot_download  # only the hub path needs a network client
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
+    except Exception as error:
+        raise UserError(f"model `{name}`: neither a local folder nor to be had from the hub: {error}") from error
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """Vocabulary, special ids and how a probe text is encoded: two tokenizers that agree here agree on a corpus."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return {
+        "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "size": len(tokenizer),
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "probe": hashlib.sha256(str(tokenizer(PROBE, add_special_tokens=False)["input_ids"]).encode()).hexdigest(),
+    }
+
+
+def model_fingerprint(folder: Path) -> dict[str, str]:
+    """SHA-256 of the architecture and of every weight file. Raises UserError if there are no safetensors."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{folder}: no *.safetensors; convert the model (pickled weights are not loaded)")
+    return {path.name: sha256_file(path) for path in [folder / "config.json", *weights]}
+
+
+def dataset_fingerprint(tokenizer: Any, model: Path, corpus: Corpus, context: Context, score: Score) -> dict[str, Any]:
+    """Everything that decides the bytes of a score shard, except the corpus bytes, which name the units."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "model": model_fingerprint(model),
+        "corpus": {"text": corpus.text, "id": corpus.id, "max_chars": corpus.max_chars},
+        "context": context.model_dump(),
+        "scorer": {
+            "engine": "hf-packed",
+            "dtype": score.dtype,
+            "device": "cuda" if score.gpus_per_worker else "cpu",
+            "batch_tokens": score.batch_tokens,
+            "threads": score.cpus_per_worker,
+            "unit_bytes": score.unit_bytes,
+            "entropy": score.entropy,
+            **{package: version(package) for package in ("torch", "transformers", "tokenizers", "pyarrow")},
+        },
+    }
+
+
+def digest(value: Any) -> str:
+    """Short stable name of any JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def difference(stored: Any, current: Any, field: str = "") -> list[str]:
+    """Field-by-field differences, one line each: `scorer.dtype: 'float32' stored, 'bfloat16' now`."""
+    if isinstance(stored, dict) and isinstance(current, dict):
+        keys = sorted({*stored, *current})
+        return [
+            line
+            for key in keys
+            for line in difference(stored.get(key), current.get(key), f"{field}.{key}" if field else key)
+        ]
+    return [] if stored == current else [f"{field}: {stored!r} stored, {current!r} now"]

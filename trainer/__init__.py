@@ -1,0 +1,1 @@
+"""Stage 2: score shards -> checkpoints. Imports neither Ray nor `score_jobs`."""

@@ -1,0 +1,21 @@
+"""Learning-rate schedules as pure functions of the share of the run that is done."""
+
+import math
+
+from schemas.config import Train
+
+
+def learning_rate(config: Train, done: float) -> float:
+    """Learning rate at `done` in [0, 1]: linear warm-up, then cosine, warmup-stable-decay, or constant."""
+    floor = config.min_learning_rate_ratio
+    if done < config.warmup:
+        return config.learning_rate * done / config.warmup
+    rest = min(1.0, (done - config.warmup) / (1 - config.warmup))
+    if config.schedule == "constant":
+        factor = 1.0
+    elif config.schedule == "cosine":
+        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * rest))
+    else:
+        left = (1 - done) / config.decay
+        factor = floor + (1 - floor) * min(1.0, max(0.0, left))
+    return config.learning_rate * factor

@@ -1,0 +1,209 @@
+"""The training loop: stream, forward, select, backward, step. Plain training is the case that selects everything."""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from schemas.config import Context, Train
+from schemas.errors import UserError
+from trainer import checkpoint
+from trainer.data import Source
+from trainer.live import Live, parallelize
+from trainer.metrics import Log, StepStats
+from trainer.objective import chooser, selected_tokens, token_scores
+from trainer.ranks import Ranks
+from trainer.schedule import learning_rate
+from trainer.stream import Geometry, Micro, Step, prefetched, steps
+
+# What a checkpoint may not be resumed without: everything that decides the numbers.
+NOT_SETTINGS = {"output", "checkpoint_every", "keep_checkpoints", "evaluate_every", "micro_rows"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, ready to go. `evaluate` gives held-out figures of the live model; `report` sees each row."""
+
+    config: Train
+    context: Context
+    base: Path
+    source: Source
+    tokenizer: Any
+    ranks: Ranks
+    evaluate: Callable[[Live], dict[str, float]] | None = None
+    report: Callable[[dict[str, Any], float], None] = lambda row, done: None
+
+
+def train(run: Run) -> Path:
+    """Train to the end, going on from the last checkpoint if there is one; returns the folder of the final model.
+
+    Raises UserError for settings that cannot work or differ from the checkpoint's, and for a non-finite loss.
+    """
+    config, ranks, final = run.config, run.ranks, run.config.output / "final"
+    settings = settings_of(config, ranks.world)
+    saved = final if (final / "state.json").exists() else checkpoint.latest(config.output / "checkpoints")
+    state = checkpoint.State(0, 0, 0, 0, run.source.fingerprint, settings)
+    if saved:
+        state = checkpoint.load_state(saved)
+        checkpoint.refuse_changes(saved, state, run.source.fingerprint, settings)
+    if saved == final:
+        return final
+    live, optimizer = build(run, saved)
+    geometry = cut(run)
+    log = Log(config.output, state.step) if ranks.first else None
+    stop = _Stop()
+    if state.step == 0:
+        _evaluate(run, live, log, state)
+    stream = prefetched(steps(run.source, geometry, config.seed, config.shuffle_groups, state.position))
+    while (done := progress(run, state, geometry)) < 1:
+        started = time.perf_counter()
+        step = next(stream)
+        waited = time.perf_counter() - started
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, done)
+        row = optimize(live, optimizer, step, run, state.step)
+        seconds = time.perf_counter() - started
+        state = advance(state, step, row)
+        row |= {"tokens_seen": state.tokens_seen, "tokens_selected": state.tokens_selected, "position": state.position,
+                "learning_rate": learning_rate(config, done), "tokens_per_second": step.tokens / seconds,
+                "data_wait": waited / seconds, "padding": step.padding,
+                "epoch": state.position // int(run.source.group_sizes.sum())}  # fmt: skip
+        if log:
+            log.write("train", state.step, row)
+        run.report(row, progress(run, state, geometry))
+        if config.evaluate_every and state.step % config.evaluate_every == 0:
+            _evaluate(run, live, log, state)
+        asked = ranks.any(stop.asked)
+        if asked or state.step % config.checkpoint_every == 0:
+            folder = config.output / "checkpoints"
+            checkpoint.save(folder / f"step-{state.step:07d}", live, run.tokenizer, optimizer, state, ranks)
+            checkpoint.prune(folder, config.keep_checkpoints, ranks)
+        if asked:
+            raise SystemExit(143)
+    if not config.evaluate_every or state.step % config.evaluate_every:
+        _evaluate(run, live, log, state)
+    checkpoint.save(final, live, run.tokenizer, None, state, ranks)
+    if log:
+        log.close()
+    return final
+
+
+def settings_of(config: Train, world: int) -> dict[str, Any]:
+    """The settings a resumed run must share. `micro` selection also depends on the rows ranked together."""
+    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_SETTINGS}
+    if config.scope == "micro" and config.objective != "clm":
+        settings["micro_rows x ranks"] = config.micro_rows * world
+    return settings
+
+
+def optimize(live: Live, optimizer: torch.optim.Optimizer, step: Step, run: Run, number: int) -> dict[str, Any]:
+    """One optimizer step. The loss is the mean over the selected tokens of the whole step (equation 4)."""
+    config, ranks = run.config, run.ranks
+    divisor = max(1, selected_tokens(config.objective, config.scope, config.keep, step.micros))
+    stats = StepStats(ranks.device)
+    torch.manual_seed(config.seed * 1_000_003 + number * 1_009 + ranks.rank)  # dropout, if the model has any
+    for index, micro in enumerate(micro.to(ranks.device) for micro in step.micros):
+        if ranks.world > 1:
+            live.set_requires_gradient_sync(index == len(step.micros) - 1)  # type: ignore[operator]
+        choose = chooser(config.objective, config.scope, config.keep, micro, ranks.rank, ranks.world)
+        loss_sum, losses, mask = live(micro.ids, micro.positions, micro.targets, choose)
+        (loss_sum / divisor).backward()
+        stats.add(losses, mask, micro.targets, threshold(config, losses, mask, micro))
+    row = stats.means(ranks.sum(stats.sums), ranks.world)
+    norm = torch.nn.utils.clip_grad_norm_(live.parameters(), config.clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if row.pop("broken") or not torch.isfinite(norm):
+        raise UserError(f"{config.output}: loss or gradient is not finite at step {number + 1}; lower train.learning_rate"
+                        " (the last checkpoint is untouched)")  # fmt: skip
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return row | {"grad_norm": float(norm)}
+
+
+def threshold(config: Train, losses: torch.Tensor, mask: torch.Tensor, micro: Micro) -> torch.Tensor:
+    """The lowest score that was selected (nats for `slm`), NaN for plain training or an empty selection."""
+    if config.objective == "clm" or not mask.any():
+        return losses.new_tensor(torch.nan)
+    return token_scores(config.objective, losses, micro)[mask].min()
+
+
+def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
+    """The live model on its device, sharded if there are several ranks, and its optimizer."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            saved or run.base, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"base: {saved or run.base} cannot be loaded: {str(error).splitlines()[0]}") from error
+    live = Live(model.to(run.ranks.device).train(), getattr(torch, run.config.dtype))
+    live = parallelize(live, run.ranks.world)
+    decayed = [parameter for parameter in live.parameters() if parameter.ndim >= 2]
+    plain = [parameter for parameter in live.parameters() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": run.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=run.config.learning_rate, betas=run.config.betas)
+    if saved:
+        checkpoint.load_optimizer(saved, live, optimizer)
+    return live, optimizer
+
+
+def cut(run: Run) -> Geometry:
+    """How a step is cut. Raises UserError if the numbers do not divide."""
+    config, ranks = run.config, run.ranks
+    row_tokens = config.row_tokens or run.context.window
+    rows = max(1, config.tokens_per_step // row_tokens)
+    if row_tokens < run.context.window:
+        raise UserError(f"train.row_tokens: {row_tokens} is less than context.window ({run.context.window}); raise it")
+    if rows % (config.micro_rows * ranks.world):
+        raise UserError(
+            f"train.tokens_per_step: {rows} rows of {row_tokens} tokens cannot be cut into {ranks.world} ranks x"
+            f" train.micro_rows {config.micro_rows}; change one of them"
+        )
+    return Geometry(rows, row_tokens, config.micro_rows, ranks.rank, ranks.world)
+
+
+def progress(run: Run, state: checkpoint.State, geometry: Geometry) -> float:
+    """Share of the run that is done, in [0, 1]; the schedule and the end both follow it."""
+    if run.config.tokens:
+        return min(1.0, state.step / max(1, round(run.config.tokens / (geometry.rows * geometry.row_tokens))))
+    return min(1.0, state.position / ((run.config.epochs or 1) * int(run.source.group_sizes.sum())))
+
+
+def advance(state: checkpoint.State, step: Step, row: dict[str, Any]) -> checkpoint.State:
+    """The state after a step. Tokens seen are real ones, without padding."""
+    return checkpoint.State(
+        state.step + 1,
+        step.position,
+        state.tokens_seen + step.tokens,
+        state.tokens_selected + int(row.pop("selected")),
+        state.dataset,
+        state.settings,
+    )
+
+
+class _Stop:
+    """Remembers a SIGTERM, so that a preempted run saves at the next step's end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        try:
+            signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            pass
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+
+def _evaluate(run: Run, live: Live, log: Log | None, state: checkpoint.State) -> None:
+    if run.evaluate is None:
+        return
+    live.eval()
+    figures = run.evaluate(live)
+    live.train()
+    if log:
+        log.write("eval", state.step, {"tokens_seen": state.tokens_seen, **figures})

@@ -13,6 +13,7 @@ from schemas.errors import UserError
 
 # Forked tokenizer threads would only warn; stage 1 parallelises over workers.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
     no_args_is_help=True,

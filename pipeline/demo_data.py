@@ -1,9 +1,9 @@
-"""The demo's data, made from installed packages: no download, the same bytes for the same seed and versions.
+"""The demo's data, made from installed packages: no download, same bytes for same seed and versions.
 
-The corpus stands for OpenWebMath: manual pages (docstrings of numpy, sympy, networkx) with page furniture, and worked
-problems hidden between their sections: reasoning-gym's GSM templates and CHAMP's model-written solutions, right and
-wrong. The curated corpus holds worked answers only. Templates and competition problems in held-out material occur
-nowhere else; the base model's pages come from modules that are not in the corpus.
+The corpus stands for OpenWebMath: manual pages (docstrings of numpy, sympy, networkx) with page furniture,
+and worked problems hidden between their sections: reasoning-gym's GSM templates and CHAMP's model-written
+answers, right and wrong. The curated corpus holds worked answers only. Held-out templates and CHAMP problems
+occur nowhere else; the base model's pages come from modules that are not in the corpus.
 """
 
 import ast
@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
-from importlib import metadata, util
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ COLUMNS = ("url", "text", "date", "metadata")
 SHARDS = 2
 ZSTD_LEVEL = 9
 # Bytes of UTF-8 text at scale 1; tuned so that three training arms fit in minutes on two cores.
-CORPUS_MANUALS, CORPUS_GSM, CORPUS_CHAMP = 2_900_000, 700_000, 400_000
+CORPUS_MANUALS, CORPUS_GSM, CORPUS_CHAMP = 2_500_000, 500_000, 300_000
 BASE_MANUALS, CURATED_GSM = 2_500_000, 900_000
 TARGET_GSM, EXACT_MATCH = 300, 100
 HELDOUT_SHARE = 0.25
@@ -52,8 +52,8 @@ class Sources:
         rng = random.Random(f"{seed} split")
         path = metadata.distribution("champ-dataset").locate_file("champ_dataset/dataset_files/v0.json")
         self.champ: dict[str, Row] = json.loads(Path(str(path)).read_text(encoding="utf-8"))["problems"]
-        self.heldout_templates, self.templates = halve(rng, [int(task) for task in tasks_ok])
-        self.heldout_problems, self.problems = halve(rng, sorted(self.champ))
+        self.heldout_templates, self.templates = hold_out(rng, [int(task) for task in tasks_ok])
+        self.heldout_problems, self.problems = hold_out(rng, sorted(self.champ))
 
     def gsm(self, purpose: int, templates: set[Any]) -> Iterator[tuple[int, str, str, str]]:
         """Endless distinct (template, prompt, worked answer, number); another `purpose`, other items."""
@@ -89,11 +89,10 @@ class Sources:
         return ask(self.champ[problem]["_text"]), answer("\n".join([*steps, f"#### {self.champ[problem]['_answer']}"]))
 
 
-def halve(rng: random.Random, items: list[Any]) -> tuple[set[Any], set[Any]]:
+def hold_out(rng: random.Random, items: list[Any]) -> tuple[set[Any], set[Any]]:
     """(held out, rest)."""
-    rng.shuffle(items)
-    cut = round(len(items) * HELDOUT_SHARE)
-    return set(items[:cut]), set(items[cut:])
+    kept = set(rng.sample(items, round(len(items) * HELDOUT_SHARE)))
+    return kept, set(items) - kept
 
 
 def ask(question: str) -> str:
@@ -119,14 +118,10 @@ def modules() -> list[tuple[str, Path]]:
     """(dotted name, file) of the packages' modules, tests left out; nothing is imported."""
     found = []
     for package in PACKAGES:
-        spec = util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise UserError(f"demo data: {package} is not installed; install the demo's requirements")
-        root = Path(spec.origin).parent
+        root = Path(str(metadata.distribution(package).locate_file(package)))
         for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root.parent).with_suffix("").parts
-            if "tests" not in parts:
-                found.append((".".join(parts).removesuffix(".__init__"), path))
+            name = ".".join(path.relative_to(root.parent).with_suffix("").parts)
+            found += [(name.removesuffix(".__init__"), path)] if ".tests" not in name else []
     return found
 
 
@@ -136,24 +131,17 @@ def sections(name: str, path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return
-    todo: list[tuple[str, ast.AST]] = [(name, tree)]
+    todo: list[tuple[str, Any]] = [(name, tree)]
     while todo:
         owner, node = todo.pop(0)
         inner = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.FunctionDef | ast.ClassDef)]
         if not isinstance(node, ast.FunctionDef):
             todo += [(f"{owner}.{part.name}", part) for part in inner]
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            continue
         text = ast.get_docstring(node)
         if text and len(text) > 80:
-            line = getattr(node, "lineno", 1)
-            head = f"## {owner}{signature(node)} ¶\n[source] {path.name}, line {line}"
+            written = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
+            head = f"## {owner}{written} ¶\n[source] {path.name}, line {getattr(node, 'lineno', 1)}"
             yield f"{head}\n\n{text}{member_table(inner)}"
-
-
-def signature(node: ast.AST) -> str:
-    """A function's parameters as written."""
-    return f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
 
 
 def member_table(members: list[Any]) -> str:
@@ -165,13 +153,17 @@ def member_table(members: list[Any]) -> str:
 
 def furniture(rng: random.Random, name: str, number: int) -> tuple[str, str]:
     """(top, foot) of a page: navigation, revision, counters, as a crawler finds them."""
-    parts = name.split(".")
-    year, month, day = rng.randrange(2008, 2024), rng.randrange(1, 13), rng.randrange(1, 29)
-    top = " » ".join(["Home", *parts]) + " | Index | Modules | Search | Log in\n"
-    top += f"{name} (page {number}) - {parts[0]} {metadata.version(parts[0])} manual"
-    foot = f"Last modified {year}-{month:02}-{day:02} by user{rng.randrange(10**5)}, revision {rng.getrandbits(40):010x}."
-    foot += f"\nViewed {rng.randrange(100, 99_999):,} times | {rng.randrange(40)} comments | Permalink | Report an error"
-    return top, foot
+    package = name.split(".")[0]
+    top = f"Home » {name.replace('.', ' » ')} | Index | Modules | Search | Log in\n"
+    top += f"{name} (page {number}) - {package} {metadata.version(package)} manual"
+    revised = f"Last modified {crawl_day(rng)} by user{rng.randrange(10**5)}, revision {rng.getrandbits(40):010x}."
+    seen = f"Viewed {rng.randrange(100, 99_999):,} times | {rng.randrange(40)} comments | Permalink | Report"
+    return top, f"{revised}\n{seen}"
+
+
+def crawl_day(rng: random.Random) -> str:
+    """An ISO date of OpenWebMath's crawls."""
+    return f"{rng.randrange(2013, 2024)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
 
 
 def pages(rng: random.Random, files: list[tuple[str, Path]], budget: float) -> Iterator[tuple[str, int, list[str]]]:
@@ -192,23 +184,16 @@ def pages(rng: random.Random, files: list[tuple[str, Path]], budget: float) -> I
 
 def documents(rng: random.Random, site: str, found: list[tuple[str, int, list[str]]], hidden: list[str]) -> list[Row]:
     """OpenWebMath rows, shuffled; every hidden problem becomes a paragraph of a random page."""
-    counts = [0] * len(found)
-    for problem in hidden:
-        page = rng.randrange(len(found))
-        found[page][2].insert(rng.randrange(len(found[page][2]) + 1), problem)
-        counts[page] += 1
     rows = []
-    for (name, number, parts), count in zip(found, counts, strict=True):
+    for problem in hidden:
+        parts = rng.choice(found)[2]
+        parts.insert(rng.randrange(len(parts) + 1), problem)
+    for name, number, parts in found:
         top, foot = furniture(rng, name, number)
-        about = {"package": name.split(".")[0], "module": name, "problems": count}
-        rows.append(
-            {
-                "url": f"https://demo.tokensift.invalid/{site}/{name.replace('.', '/')}/{number}",
-                "text": "\n\n".join([top, *parts, foot]),
-                "date": f"{rng.randrange(2013, 2024)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02} 00:00:00",
-                "metadata": json.dumps(about),
-            }
-        )
+        text = "\n\n".join([top, *parts, foot])
+        url = f"https://demo.tokensift.invalid/{site}/{name.replace('.', '/')}/{number}"
+        about = json.dumps({"package": name.split(".")[0], "module": name, "paragraphs": len(parts)})
+        rows.append({"url": url, "text": text, "date": f"{crawl_day(rng)} 00:00:00", "metadata": about})
     rng.shuffle(rows)
     return rows
 
@@ -255,11 +240,10 @@ def heldout(sources: Sources, scale: float) -> dict[str, list[Row]]:
 
 
 def encode(name: str, rows: list[Row]) -> bytes:
-    """Rows as the file format that the name's ending asks for; no timestamps, so equal rows give equal bytes."""
+    """Rows in the format of the name's ending; no timestamps, so equal rows give equal bytes."""
     if name.endswith(".parquet"):
         schema = pa.schema([(column, pa.string()) for column in COLUMNS])
-        sink = io.BytesIO()
-        table = pa.Table.from_pylist(rows, schema)
+        sink, table = io.BytesIO(), pa.Table.from_pylist(rows, schema)
         pq.write_table(table, sink, compression="zstd", compression_level=ZSTD_LEVEL, row_group_size=256)
         return sink.getvalue()
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -270,18 +254,20 @@ def intact(folder: Path, seed: int, scale: float) -> dict | None:
     """The manifest if it is there, was made with the same settings, and every file still matches."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        good = (manifest["seed"], manifest["scale"], manifest["sources"]) == (seed, scale, versions()) and all(
-            hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"]
-            for name, facts in manifest["files"].items()
-        )
+        same = [manifest[key] for key in ("seed", "scale", "sources")] == [seed, scale, versions()]
+        sums = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+        whole = all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == sums[name] for name in sums)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if good else None
+    return manifest if same and whole else None
 
 
 def versions() -> dict[str, dict[str, str]]:
     """Version and licence of each package that gives text."""
-    about = {name: metadata.metadata(name) for name in SOURCES}
+    try:
+        about = {name: metadata.metadata(name) for name in SOURCES}
+    except metadata.PackageNotFoundError as error:
+        raise UserError(f"demo data: {error.name} is not installed; pip install {error.name}") from error
     return {
         name: {"version": facts["Version"], "licence": facts["License-Expression"] or facts["License"]}
         for name, facts in about.items()
@@ -289,13 +275,15 @@ def versions() -> dict[str, dict[str, str]]:
 
 
 def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict:
-    """Make the demo's data in `folder` unless it is there and intact; returns the manifest (sizes in bytes)."""
-    folder = Path(folder)
+    """Make the demo's data in `folder` unless it is there and intact; returns the manifest (bytes per file).
+
+    `scale` multiplies the amount of text; 1 is about 4 MB of corpus. Raises UserError on a foreign folder.
+    """
     if manifest := intact(folder, seed, scale):
         return manifest
     if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
         raise UserError(f"demo data: {folder} holds files that the demo did not make; name an empty folder")
-    sources = Sources(seed)
+    made_from, sources = versions(), Sources(seed)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     files = {}
@@ -304,11 +292,8 @@ def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).write_bytes(data)
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "documents": len(rows)}
-    manifest = {"files": files, "sources": versions(), "seed": seed, "scale": scale}
-    manifest["heldout"] = {
-        "gsm_templates": sorted(sources.heldout_templates),
-        "champ_problems": sorted(sources.heldout_problems),
-    }
+    kept = {"gsm_templates": sorted(sources.heldout_templates), "champ_problems": sorted(sources.heldout_problems)}
+    manifest = {"files": files, "sources": made_from, "seed": seed, "scale": scale, "heldout": kept}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -14,8 +14,8 @@ LOG_EVERY_SECONDS = 10
 class Bar:
     """One piece of long work; `update` takes the share done in [0, 1] and what to say beside the bar."""
 
-    def __init__(self, title: str, progress: Progress | None):
-        self.title, self.progress, self.spoken = title, progress, time.monotonic()
+    def __init__(self, title: str, progress: Progress | None, silent: bool = False):
+        self.title, self.progress, self.silent, self.spoken = title, progress, silent, time.monotonic()
         self.started = time.monotonic()
         self.task = progress.add_task(title, total=1.0, note="") if progress else None
 
@@ -23,10 +23,10 @@ class Bar:
         """Show how far the work is."""
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done, note=note)
-        elif time.monotonic() - self.spoken > LOG_EVERY_SECONDS:
+        elif not self.silent and time.monotonic() - self.spoken > LOG_EVERY_SECONDS:
             self.spoken = time.monotonic()
             left = (self.spoken - self.started) * (1 - done) / done if done else float("nan")
-            console.print(f"{self.title}: {done:.0%}, {note}, {left:.0f} s left", highlight=False)
+            console.print(f"{self.title}: {done:.0%}, {note}, {left:.0f} s left", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def bar(title: str, show: bool = True) -> Iterator[Bar]:
     if not show or not console.is_terminal:
         if show:
             console.print(f"{title} ...", highlight=False)
-        yield Bar(title, None)
+        yield Bar(title, None, silent=not show)
         return
     columns = (TextColumn("[bold]{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
                TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip

@@ -46,21 +46,35 @@ def token_losses(
 def has_linear_head(model: Any) -> bool:
     """Whether logits are just `last_hidden_state @ weight.T`; false for soft-capped, scaled or biased heads.
 
-    Checked by running the model on eight tokens, not by a list of class names.
+    Checked by running the model on eight tokens, not by a list of class names. The head's output is replaced
+    by logits from -100 to 100 on the way, so that a soft cap shows also in a model whose own logits are small.
     """
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         return False
     weight = head.weight
     ids = torch.arange(8, device=weight.device).unsqueeze(0) % weight.shape[0]
+    given: list[torch.Tensor] = []
+
+    def replace(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        large = torch.linspace(-100, 100, logits.numel(), device=logits.device).view(logits.shape).to(logits.dtype)
+        given[:] = [logits.float(), large.float()]
+        return large
+
     training = model.training
     model.eval()
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-    model.train(training)
+    hook = head.register_forward_hook(replace)
+    try:
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            finished = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+        model.train(training)
     found = (hidden @ weight.T).float()
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
+    if not given or found.shape != given[0].shape or finished.shape != given[1].shape:
+        return False
+    return torch.equal(finished, given[1]) and torch.allclose(found, given[0], rtol=1e-2, atol=1e-2)
 
 
 def model_losses(

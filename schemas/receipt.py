@@ -83,14 +83,16 @@ def write_receipt(layout: Layout, receipt: Receipt) -> bool:
 
 def read_receipts(layout: Layout) -> dict[str, Receipt]:
     """All receipts by unit, in the order of their names. Raises UserError on a damaged one."""
-    receipts = {}
-    for path in sorted((layout.root / "receipts").glob("*.json")):
-        raw = _read_json(path)
-        try:
-            receipts[path.stem] = Receipt(**{**raw, "canary": [Canary(**item) for item in raw["canary"]]})
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{path}: not a receipt ({error}); delete it and score again") from error
-    return receipts
+    return {path.stem: read_receipt(path) for path in sorted((layout.root / "receipts").glob("[!.]*.json"))}
+
+
+def read_receipt(path: Path) -> Receipt:
+    """One receipt. Raises UserError on a damaged one."""
+    raw = _read_json(path)
+    try:
+        return Receipt(**{**raw, "canary": [Canary(**item) for item in raw["canary"]]})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a receipt ({error}); delete it and score again") from error
 
 
 def write_dataset(layout: Layout, fingerprint: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ any fsspec URL, and Hugging Face datasets by name.
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -22,7 +23,7 @@ from schemas.errors import UserError
 
 FORMATS = (".parquet", ".jsonl.zst", ".jsonl.gz", ".jsonl")
 MAX_LINE_BYTES = 256_000_000
-READ_ERRORS = (OSError, EOFError, zstandard.ZstdError, gzip.BadGzipFile, pa.ArrowException, ValueError)
+READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException, ValueError)
 
 
 class ShardError(Exception):
@@ -94,6 +95,8 @@ def survey(url: str) -> tuple[str, int, int]:
             while block := handle.read(1 << 22):
                 digest.update(block)
                 size += len(block)
+        if not size and not url.endswith(".jsonl"):
+            raise EOFError("the file is empty")
         if url.endswith(".parquet"):
             with fsspec.open(url, "rb") as handle:
                 return digest.hexdigest(), size, pq.ParquetFile(handle).metadata.num_rows
@@ -125,7 +128,7 @@ def _judge(row: int, record: Any, url: str, corpus: Corpus) -> Document | Reject
     if not isinstance(record, dict):
         return Rejected(row, fallback, record if isinstance(record, str) else "the line is not a JSON object")
     name = record.get(corpus.id) if corpus.id else None
-    doc_id = name if isinstance(name, str) and name else fallback
+    doc_id = name if isinstance(name, str) and name and _is_unicode(name) else fallback
     text = record.get(corpus.text)
     if text is None:
         return Rejected(row, doc_id, f"no `{corpus.text}`")
@@ -135,11 +138,17 @@ def _judge(row: int, record: Any, url: str, corpus: Corpus) -> Document | Reject
         return Rejected(row, doc_id, f"`{corpus.text}` is empty")
     if len(text) > corpus.max_chars:
         return Rejected(row, doc_id, f"{len(text)} characters, more than corpus.max_chars ({corpus.max_chars})")
+    if not _is_unicode(text):
+        return Rejected(row, doc_id, f"`{corpus.text}` holds lone surrogates")
+    return Document(row, doc_id, text)
+
+
+def _is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return Rejected(row, doc_id, f"`{corpus.text}` holds lone surrogates")
-    return Document(row, doc_id, text)
+        return False
+    return True
 
 
 def _parquet_rows(handle: BinaryIO, url: str, first: int, end: int, corpus: Corpus) -> Iterator[tuple[int, Any]]:

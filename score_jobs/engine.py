@@ -18,9 +18,8 @@ class Engine:
     def __init__(self, model: Path, window: int, dtype: str, batch_tokens: int, device: str, entropy: bool = False):
         """Load the model. `batch_tokens` is rounded down to whole rows of `window` tokens, at least one."""
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True
-            )
+            # Attention is SDPA where the family has it; asking for it by name would refuse Gemma 2.
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), use_safetensors=True)
         except (OSError, ValueError) as error:
             raise UserError(f"score.model: {model} cannot be loaded: {str(error).splitlines()[0]}") from error
         limit = getattr(loaded.config, "max_position_embeddings", window)

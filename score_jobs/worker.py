@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from schemas.config import Context, Corpus, Score
 from schemas.context import encode_documents
 from schemas.files import publish, sha256_file, temporary
-from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, write_receipt
+from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, check_windows, open_shard, shard_schema, write_shard
 from score_jobs.corpus import Document, Rejected, read_documents
 from score_jobs.engine import Engine
@@ -61,6 +61,9 @@ class Worker:
         windows, more = self._score_documents(documents)
         rejected = sorted([*rejected, *more], key=lambda item: item.row)
         scored = time.perf_counter()
+        committed = self.layout.receipt(unit.name)
+        if committed.exists():  # by a worker that this one was thought to replace; its bytes stay (law 2)
+            return read_receipt(committed)
         digest = self._publish_shard(unit, windows)
         quarantine = self._publish_quarantine(unit, rejected)
         seconds = {"read": read - start, "score": scored - read, "write": time.perf_counter() - scored}

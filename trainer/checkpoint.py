@@ -24,7 +24,8 @@ from schemas.files import fsync_file, fsync_folder
 from trainer.live import Live
 from trainer.ranks import Ranks
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on the first rank alone
+EVERY_RANK = StateDictOptions(full_state_dict=True)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -43,12 +44,15 @@ class State:
 def save(folder: Path, live: Live, tokenizer: Any, optimizer: torch.optim.Optimizer | None, state: State, ranks: Ranks) -> None:
     """Write a checkpoint to `folder`; every rank must call, the first one writes."""
     weights = get_model_state_dict(live, options=WHOLE)
-    moments = get_optimizer_state_dict(live, optimizer, options=WHOLE)["state"] if optimizer else {}
+    moments = get_optimizer_state_dict(live, optimizer, options=WHOLE).get("state", {}) if optimizer else {}
     if ranks.first:
         partial = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
+        # Gathering copies a tied weight under each of its names; a Hugging Face folder holds it once.
+        once = {name for name, _ in live.model.named_parameters()}
+        tied = {name for name, _ in live.model.named_parameters(remove_duplicate=False)} - once
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        live.model.save_pretrained(partial, state_dict=inner)
+        live.model.save_pretrained(partial, state_dict={name: inner[name] for name in inner if name not in tied})
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if optimizer:
@@ -67,8 +71,8 @@ def load_optimizer(folder: Path, live: Live, optimizer: torch.optim.Optimizer) -
         parameter, key = name.rsplit("|", 1)
         state.setdefault(parameter, {})[key] = tensor
     # Hyper-parameters come from the config; only the moments are state.
-    groups = get_optimizer_state_dict(live, optimizer, options=WHOLE)["param_groups"]
-    set_optimizer_state_dict(live, optimizer, {"state": state, "param_groups": groups}, options=WHOLE)
+    groups = get_optimizer_state_dict(live, optimizer, options=EVERY_RANK)["param_groups"]
+    set_optimizer_state_dict(live, optimizer, {"state": state, "param_groups": groups}, options=EVERY_RANK)
 
 
 def load_state(folder: Path) -> State:

@@ -58,6 +58,7 @@ def parallelize(live: Live, world: int) -> Live:
         if isinstance(module, FSDPModule):
             # The loss is already divided by the step's global count, so ranks add up.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no fused multiply-and-sum
     return live
 
 

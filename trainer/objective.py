@@ -9,6 +9,9 @@ from schemas.config import Objective
 from trainer.select import planned_count, select_top, select_top_by_window
 from trainer.stream import Micro
 
+# torch 2.13 renamed it and warns about the old name.
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def token_scores(objective: Objective, losses: torch.Tensor, micro: Micro) -> torch.Tensor:
     """What tokens are ranked by: excess loss L_live - L_ref for `slm` (equation 3), a fixed draw for `random`."""
@@ -31,7 +34,7 @@ def chooser(
         every = scores.flatten()
         if world > 1:  # 4 bytes a token: one gather makes count, threshold and ties exact on every rank
             every = scores.new_empty(world * scores.numel())
-            dist.all_gather_into_tensor(every, scores.flatten())
+            gather_into(every, scores.flatten())
         return select_top(every, keep).view(world, *losses.shape)[rank]
 
     return choose

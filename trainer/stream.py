@@ -6,7 +6,7 @@ before any forward, and no rank has state of its own.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +75,11 @@ def steps(source: Source, geometry: Geometry, seed: int, shuffle_groups: int, po
         yield _cut(filler.rows, members, geometry, seed, position)
 
 
-def prefetched(stream: Iterator[Step]) -> Iterator[Step]:
-    """The same steps, read and packed by a thread while the model computes; its errors come out here."""
+def prefetched(stream: Iterator[Step]) -> Generator[Step, None, None]:
+    """The same steps, read and packed by a thread while the model computes; its errors come out here.
+
+    Close it when done: an interpreter that ends while the thread reads Parquet aborts.
+    """
     ready: queue.Queue = queue.Queue(PREFETCHED_STEPS)
     stop = threading.Event()
 
@@ -97,7 +100,8 @@ def prefetched(stream: Iterator[Step]) -> Iterator[Step]:
         except BaseException as error:  # handed to the consumer, who raises it
             put(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while True:
             item = ready.get()
@@ -106,6 +110,7 @@ def prefetched(stream: Iterator[Step]) -> Iterator[Step]:
             yield item
     finally:
         stop.set()
+        thread.join()
 
 
 def _cut(rows: list[list[int]], members: list[Placed], geometry: Geometry, seed: int, position: int) -> Step:

@@ -2,7 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,26 +57,43 @@ def train(run: Run) -> Path:
     live, optimizer = build(run, saved)
     geometry = cut(run)
     log = Log(config.output, state.step) if ranks.first else None
-    stop = _Stop()
     if state.step == 0:
         _evaluate(run, live, log, state)
-    stream = prefetched(steps(run.source, geometry, config.seed, config.shuffle_groups, state.position))
-    while (done := progress(run, state, geometry)) < 1:
+    stream = steps(run.source, geometry, config.seed, config.shuffle_groups, state.position)
+    with closing(prefetched(stream)) as fetched:
+        state = loop(run, live, optimizer, fetched, geometry, state, log)
+    if not config.evaluate_every or state.step % config.evaluate_every:
+        _evaluate(run, live, log, state)
+    checkpoint.save(final, live, run.tokenizer, None, state, ranks)
+    if log:
+        log.close()
+    return final
+
+
+def loop(
+    run: Run, live: Live, optimizer: torch.optim.Optimizer, stream: Iterator[Step], geometry: Geometry,
+    state: checkpoint.State, log: Log | None,
+) -> checkpoint.State:  # fmt: skip
+    """Steps until the run is done; returns the last state. A SIGTERM saves and leaves with status 143."""
+    config, ranks, stop = run.config, run.ranks, _Stop()
+    while (done := progress(run, state.step, state.position, geometry)) < 1:
         started = time.perf_counter()
         step = next(stream)
         waited = time.perf_counter() - started
+        # The rate of the step's middle: neither the first step's nor the last's is zero.
+        rate = learning_rate(config, (done + progress(run, state.step + 1, step.position, geometry)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, done)
+            group["lr"] = rate
         row = optimize(live, optimizer, step, run, state.step)
         seconds = time.perf_counter() - started
         state = advance(state, step, row)
         row |= {"tokens_seen": state.tokens_seen, "tokens_selected": state.tokens_selected, "position": state.position,
-                "learning_rate": learning_rate(config, done), "tokens_per_second": step.tokens / seconds,
+                "learning_rate": rate, "tokens_per_second": step.tokens / seconds,
                 "data_wait": waited / seconds, "padding": step.padding,
                 "epoch": state.position // int(run.source.group_sizes.sum())}  # fmt: skip
         if log:
             log.write("train", state.step, row)
-        run.report(row, progress(run, state, geometry))
+        run.report(row, progress(run, state.step, state.position, geometry))
         if config.evaluate_every and state.step % config.evaluate_every == 0:
             _evaluate(run, live, log, state)
         asked = ranks.any(stop.asked)
@@ -85,12 +103,7 @@ def train(run: Run) -> Path:
             checkpoint.prune(folder, config.keep_checkpoints, ranks)
         if asked:
             raise SystemExit(143)
-    if not config.evaluate_every or state.step % config.evaluate_every:
-        _evaluate(run, live, log, state)
-    checkpoint.save(final, live, run.tokenizer, None, state, ranks)
-    if log:
-        log.close()
-    return final
+    return state
 
 
 def settings_of(config: Train, world: int) -> dict[str, Any]:
@@ -166,11 +179,11 @@ def cut(run: Run) -> Geometry:
     return Geometry(rows, row_tokens, config.micro_rows, ranks.rank, ranks.world)
 
 
-def progress(run: Run, state: checkpoint.State, geometry: Geometry) -> float:
+def progress(run: Run, step: int, position: int, geometry: Geometry) -> float:
     """Share of the run that is done, in [0, 1]; the schedule and the end both follow it."""
     if run.config.tokens:
-        return min(1.0, state.step / max(1, round(run.config.tokens / (geometry.rows * geometry.row_tokens))))
-    return min(1.0, state.position / ((run.config.epochs or 1) * int(run.source.group_sizes.sum())))
+        return min(1.0, step / max(1, round(run.config.tokens / (geometry.rows * geometry.row_tokens))))
+    return min(1.0, position / ((run.config.epochs or 1) * int(run.source.group_sizes.sum())))
 
 
 def advance(state: checkpoint.State, step: Step, row: dict[str, Any]) -> checkpoint.State:

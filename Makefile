@@ -1,0 +1,64 @@
+# What people type. Everything runs in the project's own environment, .venv, built on first use.
+CONFIG ?= configs/demo.yaml
+NPROC  ?= 1
+PYTHON ?= python3
+SIFT   := .venv/bin/tokensift
+# Idle threads sleep instead of spinning: a busy machine would otherwise run many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup demo reference score train eval report test test-all lint format bench clean
+
+help:            ## show this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: .venv/ready  ## build .venv from the pinned constraints
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	@# torch first and pinned: any other resolution would fetch gigabytes of CUDA on a machine without a GPU
+	.venv/bin/python -m pip install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+demo: setup      ## the whole road on made data, in minutes: ends with runs/demo/train/report.html
+	$(SIFT) demo --config $(CONFIG)
+
+reference: setup ## train the reference model              (CONFIG=..., NPROC=...)
+	$(call torchrun,reference)
+
+score: setup     ## stage 1: reference losses to Parquet    (CONFIG=...)
+	$(SIFT) score --config $(CONFIG)
+
+train: setup     ## stage 2: train on the selected tokens   (CONFIG=..., NPROC=...)
+	$(call torchrun,train)
+
+eval: setup      ## held-out loss and exact match           (CONFIG=...)
+	$(SIFT) eval --config $(CONFIG)
+
+report: setup    ## one HTML page of curves and tokens      (CONFIG=...)
+	$(SIFT) report --config $(CONFIG)
+
+test: setup      ## the laws, fast
+	.venv/bin/python -m pytest
+
+test-all: setup  ## the laws, with the slow ones
+	.venv/bin/python -m pytest -m ''
+
+lint: setup      ## ruff and pyright
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+format: setup    ## let ruff mend what it can
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: setup     ## side-by-side measurements
+	.venv/bin/python -m benchmarks.scoring
+	.venv/bin/python -m benchmarks.head
+
+clean:           ## delete the demo's output
+	rm -rf runs/demo
+
+torchrun = $(if $(filter 1,$(NPROC)),$(SIFT),.venv/bin/torchrun --standalone --nproc-per-node=$(NPROC) -m pipeline.cli) $(1) --config $(CONFIG)

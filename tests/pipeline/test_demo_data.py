@@ -1,0 +1,120 @@
+"""Laws of the demo's data: reproducible, OpenWebMath's shape, nothing held out leaks into training."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from pipeline.demo_data import Sources, build
+from schemas.errors import UserError
+
+SCALE = 0.05
+COLUMNS = ["url", "text", "date", "metadata"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A small build, shared by the tests that only read."""
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    return folder, build(folder, seed=3, scale=SCALE)
+
+
+def read(path: Path) -> list[dict]:
+    """Rows of any of the files."""
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    data = path.read_bytes()
+    if path.suffix == ".zst":
+        data = zstandard.ZstdDecompressor().decompress(data)
+    return [json.loads(line) for line in data.decode().splitlines()]
+
+
+def rows_below(made: tuple[Path, dict], *parts: str) -> list[dict]:
+    """Rows of every file below the named folders."""
+    return [row for name in made[1]["files"] if name.startswith(parts) for row in read(made[0] / name)]
+
+
+def phrases(text: str) -> set[tuple[str, ...]]:
+    """Runs of five words, numbers left out: what all items of one template share."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+
+def test_same_seed_gives_same_bytes_and_another_seed_others(made: tuple[Path, dict], tmp_path: Path) -> None:
+    again, other = build(tmp_path / "a", seed=3, scale=SCALE), build(tmp_path / "b", seed=4, scale=SCALE)
+    assert again == made[1]
+    for name in again["files"]:
+        assert (tmp_path / "a" / name).read_bytes() == (made[0] / name).read_bytes()
+        assert other["files"][name]["sha256"] != again["files"][name]["sha256"]
+
+
+def test_manifest_counts_what_the_files_hold(made: tuple[Path, dict]) -> None:
+    for name, facts in made[1]["files"].items():
+        assert facts["documents"] == len(read(made[0] / name)) > 0
+        assert facts["bytes"] == (made[0] / name).stat().st_size
+    assert {"numpy", "champ-dataset", "reasoning-gym"} <= set(made[1]["sources"])
+
+
+def test_corpus_has_openwebmath_columns_and_unique_urls(made: tuple[Path, dict]) -> None:
+    rows = rows_below(made, "corpus", "base")
+    assert all(list(row) == COLUMNS and all(isinstance(value, str) for value in row.values()) for row in rows)
+    assert all(isinstance(json.loads(row["metadata"]), dict) for row in rows)
+    assert len({row["url"] for row in rows}) == len(rows)
+    assert {Path(name).suffix for name in made[1]["files"] if name.startswith("corpus")} == {".zst", ".parquet"}
+
+
+def test_problems_are_in_the_corpus_and_not_in_the_base_pages(made: tuple[Path, dict]) -> None:
+    assert sum("Problem:" in row["text"] for row in rows_below(made, "corpus")) > 5
+    assert not any("Problem:" in row["text"] and "\nAnswer:" in row["text"] for row in rows_below(made, "base"))
+
+
+def test_no_heldout_text_in_training_text(made: tuple[Path, dict]) -> None:
+    trained = "\n".join(row["text"] for row in rows_below(made, "corpus", "base", "reference"))
+    known = phrases(trained)
+    for row in rows_below(made, "heldout"):
+        question = row["prompt"].removeprefix("Problem: ").removesuffix("\nAnswer:")
+        assert question not in trained
+        assert row.get("text", "").strip() not in trained or row.get("text") is None
+        asked = phrases(question)
+        assert len(asked & known) < 0.5 * len(asked) or row["id"].startswith("P_")
+
+
+def test_phrases_would_catch_a_leaked_template(made: tuple[Path, dict]) -> None:
+    sources = Sources(3)
+    known = phrases("\n".join(row["text"] for row in rows_below(made, "reference")))
+    _, prompt, _, _ = next(item for item in sources.gsm(3, sources.templates) if item[0] in sources.templates)
+    assert len(phrases(prompt) & known) > 0.5 * len(phrases(prompt))
+
+
+def test_heldout_items_come_from_heldout_templates_and_problems(made: tuple[Path, dict]) -> None:
+    kept, sources = made[1]["heldout"], Sources(3)
+    assert not sources.templates & set(kept["gsm_templates"]) and not sources.problems & set(kept["champ_problems"])
+    rows = read(made[0] / "heldout/target.jsonl")
+    assert {row["id"] for row in rows if row["source"] == "champ"} == set(kept["champ_problems"])
+    assert {row["template"] for row in rows if row["source"] == "gsm_symbolic"} <= set(kept["gsm_templates"])
+    problems = read(made[0] / "heldout/problems.jsonl")
+    assert problems and all(float(row["answer"]) is not None for row in problems)
+    assert not {row["prompt"] for row in problems} & {row["prompt"] for row in rows}
+
+
+def test_intact_data_is_kept_and_damaged_data_is_rebuilt(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    manifest = build(folder, seed=3, scale=SCALE)
+    hurt = folder / "heldout/target.jsonl"
+    before = hurt.stat().st_mtime_ns
+    assert build(folder, seed=3, scale=SCALE) == manifest and hurt.stat().st_mtime_ns == before
+    good = hurt.read_bytes()
+    hurt.write_bytes(good[:-7])
+    assert build(folder, seed=3, scale=SCALE) == manifest
+    assert hurt.read_bytes() == good
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_folder_of_other_things_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="empty folder"):
+        build(tmp_path, seed=3, scale=SCALE)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"

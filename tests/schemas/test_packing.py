@@ -1,0 +1,102 @@
+"""Packing: every token exactly once, no row too full, nothing predicted across windows or in padding."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.packing import IGNORE, RowFiller, best_fit, collate
+
+ROW = 24
+LENGTHS = st.lists(st.integers(1, ROW), max_size=40)
+
+
+def make_windows(lengths: list[int]) -> list[np.ndarray]:
+    """Windows in which no token value occurs twice."""
+    starts = np.cumsum([1, *lengths])
+    return [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+
+
+@given(LENGTHS)
+def test_best_fit_places_every_window_once_and_overfills_no_row(lengths: list[int]) -> None:
+    rows = best_fit(lengths, ROW)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[index] for index in row) <= ROW for row in rows)
+
+
+@given(LENGTHS)
+def test_best_fit_opens_a_row_only_when_no_row_has_room(lengths: list[int]) -> None:
+    rows = best_fit(lengths, ROW)
+    fills = sorted(sum(lengths[index] for index in row) for row in rows)
+    assert len(fills) < 2 or fills[0] + fills[1] > ROW
+
+
+@given(LENGTHS, st.integers(1, 4))
+def test_row_filler_takes_a_contiguous_prefix_and_overfills_no_row(lengths: list[int], count: int) -> None:
+    filler = RowFiller(count, ROW)
+    taken = 0
+    while taken < len(lengths) and filler.add(taken, lengths[taken]):
+        taken += 1
+    assert sorted(index for row in filler.rows for index in row) == list(range(taken))
+    used = [sum(lengths[index] for index in row) for row in filler.rows]
+    assert all(use <= ROW for use in used)
+    if taken < len(lengths):
+        assert all(use + lengths[taken] > ROW for use in used)
+    assert filler.room.tolist() == [ROW - use for use in used]
+
+
+@given(LENGTHS)
+def test_collate_lays_every_token_out_exactly_once_and_in_order(lengths: list[int]) -> None:
+    windows = make_windows(lengths)
+    packed = collate(windows, best_fit(lengths, ROW), ROW)
+    laid = packed.ids[packed.ids != 0]
+    assert sorted(laid.tolist()) == list(range(1, 1 + sum(lengths)))
+    for window, (row, start) in zip(windows, packed.places, strict=True):
+        assert np.array_equal(packed.ids[row, start : start + len(window)], window)
+        assert np.array_equal(packed.positions[row, start : start + len(window)], np.arange(len(window)))
+
+
+@given(LENGTHS)
+def test_every_token_but_a_windows_first_is_predicted_exactly_once_from_its_own_window(lengths: list[int]) -> None:
+    windows = make_windows(lengths)
+    packed = collate(windows, best_fit(lengths, ROW), ROW)
+    predicted = packed.targets[packed.targets != IGNORE]
+    assert sorted(predicted.tolist()) == sorted(int(token) for window in windows for token in window[1:])
+    rows, columns = np.nonzero(packed.targets != IGNORE)
+    assert np.array_equal(packed.targets[rows, columns], packed.ids[rows, columns + 1])
+    assert np.array_equal(packed.positions[rows, columns] + 1, packed.positions[rows, columns + 1])
+
+
+@given(LENGTHS)
+def test_transformers_reads_each_window_as_a_sequence_of_its_own_off_the_positions(lengths: list[int]) -> None:
+    from transformers.masking_utils import find_packed_sequence_indices
+
+    windows = make_windows(lengths)
+    packed = collate(windows, best_fit(lengths, ROW), ROW)
+    if not lengths:
+        return
+    sequences = find_packed_sequence_indices(torch.from_numpy(packed.positions))
+    if sequences is None:
+        assert all(len(row) == 1 for row in best_fit(lengths, ROW)) and min(lengths) == ROW
+        return
+    seen = []
+    for window, (row, start) in zip(windows, packed.places, strict=True):
+        found = set(sequences[row, start : start + len(window)].tolist())
+        assert len(found) == 1
+        seen.append((row, found.pop()))
+    assert len(set(seen)) == len(windows)
+    padding = {(int(row), int(sequences[row, column])) for row, column in np.argwhere(packed.ids == 0)}
+    assert not padding & set(seen)
+
+
+@given(LENGTHS, st.integers(0, 2**31))
+def test_gather_is_the_inverse_of_spread(lengths: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = [rng.normal(size=length).astype(np.float32) for length in lengths]
+    for window in values:
+        window[0] = np.nan
+    packed = collate(make_windows(lengths), best_fit(lengths, ROW), ROW)
+    grid = packed.spread(values)
+    again = packed.gather(grid, lengths)
+    assert all(np.array_equal(old, new, equal_nan=True) for old, new in zip(values, again, strict=True))
+    assert np.array_equal(np.isnan(grid), packed.targets == IGNORE)

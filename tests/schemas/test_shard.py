@@ -1,0 +1,178 @@
+"""Score shards: what is written is read, by anyone, byte for byte the same each time."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas.config import Config
+from schemas.context import token_hash
+from schemas.errors import UserError
+from schemas.files import temporary
+from schemas.receipt import Layout, read_receipts
+from schemas.shard import (
+    Window,
+    check_windows,
+    open_shard,
+    read_windows,
+    shard_metadata,
+    shard_schema,
+    write_shard,
+)
+
+METADATA = {"fingerprint": {"b": 1, "a": [2]}, "unit": "u"}
+
+
+def make_windows(count: int, entropy: bool = False, top: int = 500, seed: int = 0) -> list[Window]:
+    rng = np.random.default_rng(seed)
+    windows = []
+    for index in range(count):
+        length = int(rng.integers(1, 40))
+        values = rng.gamma(2.0, 1.5, size=(2, length)).astype(np.float16)
+        values[:, 0] = np.nan
+        tokens = rng.integers(0, top, size=length)
+        windows.append(Window(f"документ/{index}", index % 3, tokens, values[0], values[1] if entropy else None))
+    return windows
+
+
+def same(old: Window, new: Window) -> bool:
+    floats = [(old.ref_loss, new.ref_loss), (old.ref_entropy, new.ref_entropy)]
+    return (
+        (old.doc_id, old.index) == (new.doc_id, new.index)
+        and np.array_equal(old.tokens, new.tokens)
+        and all((a is None) == (b is None) and (a is None or a.tobytes() == b.tobytes()) for a, b in floats)
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(0, 30), entropy=st.booleans(), vocabulary=st.sampled_from([500, 65_535, 65_536, 200_000]),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_windows_written_are_read_back_bit_by_bit(
+    tmp_path_factory: pytest.TempPathFactory, count: int, entropy: bool, vocabulary: int, seed: int
+) -> None:
+    path = tmp_path_factory.mktemp("shard") / "u.parquet"
+    windows = make_windows(count, entropy, vocabulary, seed)
+    write_shard(path, windows, shard_schema(vocabulary, entropy), METADATA)
+    again = read_windows(open_shard(path).read())
+    assert len(again) == count and all(same(old, new) for old, new in zip(windows, again, strict=True))
+    assert shard_metadata(open_shard(path)) == METADATA
+
+
+def test_a_shard_longer_than_a_row_group_is_read_back_whole(tmp_path: Path) -> None:
+    windows = make_windows(2500)
+    write_shard(tmp_path / "u.parquet", windows, shard_schema(500, False), METADATA)
+    file = open_shard(tmp_path / "u.parquet")
+    assert file.metadata.num_row_groups == 3
+    parts = [check_windows(tmp_path / "u.parquet", file.read_row_group(group)) for group in range(3)]
+    again = [window for part in parts for window in part]
+    assert all(same(old, new) for old, new in zip(windows, again, strict=True))
+
+
+def test_tokens_are_uint16_below_65536_tokens_and_uint32_from_there() -> None:
+    assert shard_schema(65_535, False).field("tokens").type.value_type == pa.uint16()
+    assert shard_schema(65_536, False).field("tokens").type.value_type == pa.uint32()
+
+
+def test_the_bytes_of_a_shard_are_a_function_of_its_content_alone(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("one.parquet", "another.parquet")]
+    for path, metadata in zip(paths, (METADATA, dict(reversed(METADATA.items()))), strict=True):
+        write_shard(path, make_windows(20, True), shard_schema(500, True), metadata)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    write_shard(paths[1], make_windows(20, True, seed=1), shard_schema(500, True), METADATA)
+    assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+def test_float_columns_are_byte_stream_split_and_every_column_is_zstd_and_has_no_nulls(scores: Config) -> None:
+    for path in sorted((scores.score.output / "units").glob("*.parquet")):
+        file = open_shard(path)
+        for group in range(file.metadata.num_row_groups):
+            columns = [file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns)]
+            assert {column.compression for column in columns} == {"ZSTD"}
+            for column in columns:
+                if column.path_in_schema.split(".")[0] in ("ref_loss", "ref_entropy"):
+                    assert "BYTE_STREAM_SPLIT" in column.encodings
+                    assert "RLE_DICTIONARY" not in column.encodings
+        table = file.read()
+        assert table.schema.names == ["doc_id", "window", "tokens", "ref_loss", "ref_entropy", "token_hash"]
+        assert not any(field.nullable for field in table.schema)
+        assert not any(column.null_count for column in table.columns)
+        assert not any(table[name].combine_chunks().flatten().null_count for name in ("tokens", "ref_loss"))
+
+
+def test_losses_are_nan_at_position_0_and_nowhere_else(scores: Config) -> None:
+    windows = read_windows(pq.read_table(scores.score.output / "units"))
+    assert windows
+    for window in windows:
+        for values in (window.ref_loss, window.ref_entropy):
+            assert values is not None and len(values) == len(window.tokens)
+            assert np.isnan(values[0]) and np.isfinite(values[1:]).all() and (values[1:] >= 0).all()
+
+
+def test_pyarrow_reads_the_units_folder_as_it_is_also_while_others_write_there(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    layout.make()
+    for number in range(2):
+        write_shard(layout.shard(f"u{number}"), make_windows(5, seed=number), shard_schema(500, False), METADATA)
+    temporary(layout.shard("u2")).write_bytes(b"PAR1 half a file")
+    assert pq.read_table(tmp_path / "units").num_rows == 10
+
+
+def test_law_12_a_changed_token_is_an_error_that_names_the_shard(tmp_path: Path) -> None:
+    path = tmp_path / "u.parquet"
+    windows = make_windows(5)
+    write_shard(path, windows, shard_schema(500, False), METADATA)
+    table = pq.read_table(path)
+    assert len(check_windows(path, table)) == 5
+    hashes = table["token_hash"].to_numpy().copy()
+    assert hashes.tolist() == [token_hash(window.tokens) for window in windows]
+    hashes[3] ^= np.uint64(1)
+    place = table.schema.get_field_index("token_hash")
+    wrong = table.set_column(place, table.schema.field(place), pa.array(hashes))
+    with pytest.raises(UserError, match=r"u\.parquet.*1 rows"):
+        check_windows(path, wrong)
+
+
+def test_law_12_a_flipped_bit_in_a_page_never_passes(tmp_path: Path) -> None:
+    path = tmp_path / "u.parquet"
+    windows = make_windows(50)
+    write_shard(path, windows, shard_schema(500, False), METADATA)
+    good = path.read_bytes()
+    tokens = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    start = tokens.data_page_offset
+    for place in range(start + 40, start + tokens.total_compressed_size - 1, 97):
+        data = bytearray(good)
+        data[place] ^= 1
+        path.write_bytes(data)
+        with pytest.raises((UserError, OSError, pa.ArrowException)):
+            check_windows(path, open_shard(path).read())
+
+
+def test_a_file_that_is_no_score_shard_is_the_users_error_and_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"a": [1]}), path)
+    with pytest.raises(UserError, match=r"other\.parquet.*not a score shard"):
+        open_shard(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"other\.parquet"):
+        open_shard(path)
+
+
+def test_a_receipt_counts_what_its_shard_holds(scores: Config) -> None:
+    layout = Layout(scores.score.output)
+    receipts = read_receipts(layout)
+    assert len(receipts) == len(list((layout.root / "units").glob("*.parquet"))) > 4
+    assert sum(receipt.quarantined for receipt in receipts.values()) == 3
+    for unit, receipt in receipts.items():
+        windows = read_windows(open_shard(layout.shard(unit)).read())
+        losses = np.concatenate([window.ref_loss[1:] for window in windows if window.ref_loss is not None])
+        assert receipt.windows == len(windows)
+        assert receipt.tokens == sum(len(window.tokens) for window in windows)
+        assert receipt.documents == len({window.doc_id for window in windows})
+        assert receipt.documents + receipt.quarantined == receipt.end_document - receipt.first_document
+        assert receipt.loss_count == len(losses) == sum(receipt.loss_histogram)
+        assert receipt.loss_sum == pytest.approx(float(losses.astype(np.float64).sum()))
+        assert receipt.bytes == layout.shard(unit).stat().st_size

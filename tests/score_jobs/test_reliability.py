@@ -1,0 +1,308 @@
+"""Laws 1 to 4 against real processes: `tokensift score` is killed, and what it leaves is held against a whole run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from schemas.config import Config
+from schemas.receipt import Layout
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_SECONDS = 120
+pytestmark = pytest.mark.timeout(240)
+
+
+class Job:
+    """`tokensift score` as a process group of its own."""
+
+    def __init__(self, config: Path, *settings: str):
+        command = [sys.executable, "-m", "pipeline.cli", "score", "-c", str(config)]
+        for setting in settings:
+            command += ["-s", setting]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        self.family: set[psutil.Process] = set()
+
+    def watch(self) -> list[psutil.Process]:
+        """Living descendants; remembered, so that orphans can be found after the driver is gone."""
+        try:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            children = []
+        self.family.update(children)
+        return children
+
+    def until(self, happened: Callable[[], object]) -> None:
+        """Wait for something; fails if the job ends first."""
+        limit = time.monotonic() + DEADLINE_SECONDS
+        while not happened():
+            self.watch()
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < limit, "the job did not get there"
+            time.sleep(0.005)
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and everything printed."""
+        output = self.process.communicate(timeout=DEADLINE_SECONDS)[0]
+        return self.process.returncode, output
+
+    def survivors(self, patience_seconds: float = 30.0) -> list[psutil.Process]:
+        """Remembered descendants that still live after a while."""
+        _, alive = psutil.wait_procs(self.family, timeout=patience_seconds)
+        return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+    def destroy(self) -> None:
+        """Leave nothing behind: only processes that this job started."""
+        self.watch()
+        for process in self.family:
+            if process.is_running():
+                process.kill()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def begin(config: Path, *settings: str) -> Job:
+        jobs.append(Job(config, *settings))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.destroy()
+
+
+@pytest.fixture
+def world(tmp_path: Path, corpus_folder: Path, make_config: Callable, write_config: Callable) -> tuple[Config, Path]:
+    """A corpus of its own, a config over it, and that config as a file; two workers, small batches."""
+    corpus = tmp_path / "corpus"
+    shutil.copytree(corpus_folder, corpus)
+    config = make_config(tmp_path, {"corpus.paths": [str(corpus / "part-*")], "score.batch_tokens": 64})
+    config = config.model_copy(update={"score": config.score.model_copy(update={"workers": 2})})
+    return config, write_config(config, tmp_path / "config.yaml")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, make_config: Callable, score_here: Callable, corpus_folder: Path
+) -> dict[str, bytes]:
+    """The bytes of an uninterrupted run over the same corpus bytes and settings."""
+    config = make_config(tmp_path_factory.mktemp("whole"), {"score.batch_tokens": 64})
+    return outputs(score_here(config).score.output)
+
+
+def outputs(root: Path) -> dict[str, bytes]:
+    """Every score shard and quarantine file, hidden ones included."""
+    files = [*(root / "units").iterdir(), *(root / "quarantine").iterdir()]
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
+
+
+def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Inode, modification time and bytes of all that readers see."""
+    files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def committed(root: Path) -> dict[str, tuple[int, int]]:
+    """Inode and modification time of each shard that has a receipt."""
+    layout = Layout(root)
+    stats = {path.stem: layout.shard(path.stem).stat() for path in (root / "receipts").glob("[!.]*.json")}
+    return {unit: (stat.st_ino, stat.st_mtime_ns) for unit, stat in stats.items()}
+
+
+def receipts(config: Config) -> list[Path]:
+    return list((config.score.output / "receipts").glob("[!.]*.json"))
+
+
+@pytest.mark.parametrize(("whom", "after"), [("group", 0), ("group", 3), ("driver", 2)])
+def test_law_1_and_2_a_killed_job_resumes_to_the_bytes_of_an_uninterrupted_one(
+    world: tuple[Config, Path], whole: dict[str, bytes], start: Callable[..., Job], whom: str, after: int
+) -> None:
+    config, path = world
+    first = start(path)
+    first.until(lambda: (config.score.output / "dataset.json").exists() and len(receipts(config)) >= after)
+    first.watch()
+    if whom == "group":
+        os.killpg(first.process.pid, signal.SIGKILL)
+    else:
+        first.process.kill()
+    first.process.wait()
+    before = committed(config.score.output)
+    assert len(before) >= after
+    status, output = start(path).end()
+    assert status == 0, output
+    assert outputs(config.score.output) == whole
+    assert len(receipts(config)) == len([name for name in whole if name.startswith("units/")])
+    now = committed(config.score.output)
+    assert {unit: now[unit] for unit in before} == before
+    assert not first.survivors()
+
+
+def test_law_4_a_killed_worker_costs_its_unit_in_flight_and_the_job_finishes(
+    world: tuple[Config, Path], whole: dict[str, bytes], start: Callable[..., Job]
+) -> None:
+    config, path = world
+    job = start(path)
+
+    def workers() -> list[psutil.Process]:
+        found = []
+        for process in job.watch():
+            try:
+                if any("ray::" in part and "Actor" in part for part in process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    job.until(lambda: workers())
+    victim = workers()[0]
+    victim.kill()
+    status, output = job.end()
+    assert status == 0, output
+    assert not victim.is_running()
+    assert outputs(config.score.output) == whole
+
+
+def test_law_4_a_corrupt_shard_costs_that_shard_alone_until_it_is_mended(
+    world: tuple[Config, Path], whole: dict[str, bytes], start: Callable[..., Job]
+) -> None:
+    config, path = world
+    broken = Path(config.corpus.paths[0]).parent / "part-1.jsonl.gz"
+    good = broken.read_bytes()
+    broken.write_bytes(good[: len(good) * 2 // 3])
+    status, output = start(path).end()
+    assert status == 1 and broken.name in output and "Traceback" not in output
+    assert outputs(config.score.output) == {name: data for name, data in whole.items() if "part-1" not in name}
+    broken.write_bytes(good)
+    before = committed(config.score.output)
+    status, output = start(path).end()
+    assert status == 0, output
+    assert outputs(config.score.output) == whole
+    assert {unit: committed(config.score.output)[unit] for unit in before} == before
+
+
+@pytest.fixture
+def finished(world: tuple[Config, Path], score_here: Callable) -> tuple[Config, Path]:
+    return score_here(world[0]), world[1]
+
+
+def forbid_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    import score_jobs.job
+
+    def refuse(job: object) -> bool:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(score_jobs.job, "_start_ray", refuse)
+
+
+def test_law_2_a_finished_dataset_is_not_touched_and_starts_no_ray(
+    finished: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from score_jobs.job import score
+
+    config, _ = finished
+    before = everything(config.score.output)
+    forbid_ray(monkeypatch)
+    outcome = score(config)
+    assert not outcome.missing and outcome.new_tokens == 0
+    assert everything(config.score.output) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        (("score.dtype=bfloat16", "context.window=32"), ("scorer.dtype: 'float32'", "context.window: 64 stored")),
+        ((), ("part-2.jsonl",)),
+    ],
+)
+def test_law_3_changed_settings_or_corpus_are_refused_by_name_and_nothing_changes(
+    finished: tuple[Config, Path], start: Callable[..., Job], settings: tuple[str, ...], fields: tuple[str, ...]
+) -> None:
+    config, path = finished
+    if not settings:
+        shard = Path(config.corpus.paths[0]).parent / "part-2.jsonl"
+        shard.write_bytes(shard.read_bytes().replace(b"x = 1", b"x = 2"))
+    before = everything(config.score.output)
+    status, output = start(path, *settings).end()
+    assert status == 2 and all(field in output for field in fields) and "Traceback" not in output, output
+    assert everything(config.score.output) == before
+
+
+def test_law_3_a_machine_that_no_longer_gives_the_stored_losses_is_refused(
+    finished: tuple[Config, Path], start: Callable[..., Job]
+) -> None:
+    config, path = finished
+    first, last = min(receipts(config)), max(receipts(config))
+    raw = json.loads(first.read_text())
+    raw["canary"][0]["ref_loss"][0] += 1.0
+    first.write_text(json.dumps(raw))
+    last.unlink()
+    before = everything(config.score.output)
+    status, output = start(path).end()
+    assert status == 2 and "1.0" in output and "Traceback" not in output
+    assert everything(config.score.output) == before
+
+
+def test_law_3_a_second_job_on_the_same_dataset_is_refused_by_the_lock(world: tuple[Config, Path]) -> None:
+    import fcntl
+
+    from schemas.errors import UserError
+    from score_jobs.job import score
+
+    config, _ = world
+    config.score.output.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+         " print('held', flush=True); sys.stdin.read()", str(config.score.output / ".lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(UserError, match="another"):
+            score(config)
+        assert not (config.score.output / "dataset.json").exists()
+    finally:
+        holder.communicate("")
+    with open(config.score.output / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_law_4_a_unit_whose_worker_always_dies_is_given_up_and_the_rest_finishes(
+    world: tuple[Config, Path], whole: dict[str, bytes], start: Callable[..., Job], tmp_path: Path
+) -> None:
+    config, path = world
+    script = tmp_path / "deadly.py"
+    script.write_text(
+        "import os, sys\n"
+        "import score_jobs.job as job\n"
+        "from pipeline import cli\n"
+        "class Deadly(job._Actor):\n"
+        "    def score(self, unit):\n"
+        "        if unit.name.startswith('part-0'):\n"
+        "            os._exit(9)\n"
+        "        return super().score(unit)\n"
+        "job._Actor = Deadly\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, str(script), "score", "-c", str(path), "-s", "score.attempts=2"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=DEADLINE_SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "missing: part-0" in done.stdout and "2 attempts" in done.stdout
+    assert outputs(config.score.output) == {name: data for name, data in whole.items() if "part-0" not in name}
+    assert not [receipt for receipt in receipts(config) if receipt.name.startswith("part-0")]

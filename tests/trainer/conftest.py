@@ -1,0 +1,49 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.runs import load_tokenizer
+from trainer.data import ScoreShards
+from trainer.ranks import Ranks
+from trainer.train import Run, train
+
+
+@pytest.fixture
+def train_here():
+    """`train_here(config, **fields)`: stage 2 in this process on one rank; fields override `train`'s."""
+
+    def run(config, evaluate=None, **fields):
+        settings = config.train.model_copy(update=fields)
+        base = Path(config.base)
+        alone = Ranks(0, 1, torch.device("cpu"))
+        source = ScoreShards(config.score.output)
+        final = train(Run(settings, config.context, base, source, load_tokenizer(base, "base"), alone, evaluate))
+        return final, read_rows(settings.output)
+
+    return run
+
+
+@pytest.fixture
+def torchrun(write_config):
+    """`torchrun(config, folder, ranks)`: `tokensift train` as a user runs it on several ranks (gloo); rows, output."""
+
+    def run(config, folder, ranks):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = write_config(config, folder / "config.yaml")
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "pipeline.cli", "train", "-c", str(path)]
+        root = Path(__file__).resolve().parents[2]
+        result = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return read_rows(config.train.output / config.train.objective)
+
+    return run
+
+
+def read_rows(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]

@@ -1,0 +1,39 @@
+"""Law 11: the kept-rows-only backward equals a masked cross-entropy."""
+
+import pytest
+import torch
+
+import trainer.head
+from trainer.head import KeptLoss
+
+
+def masked_cross_entropy(hidden, weight, targets, mask):
+    losses = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="none")
+    return losses[mask].sum()
+
+
+@pytest.mark.parametrize("logits_fit", [True, False], ids=["logits kept", "logits projected again"])
+@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
+def test_kept_rows_backward_equals_masked_cross_entropy(monkeypatch, logits_fit, kept):
+    torch.manual_seed(0)
+    monkeypatch.setattr(trainer.head, "KEPT_LOGITS_BYTES", 1 << 30 if logits_fit else 0)
+    hidden, weight = torch.randn(2500, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
+    targets = torch.randint(0, 97, (2500,))
+    targets[::7] = -100
+    mask = (torch.rand(2500) < kept) & (targets != -100)
+    expected = masked_cross_entropy(hidden, weight, targets, mask)
+    wanted = torch.autograd.grad(expected * 0.125, (hidden, weight)) if mask.any() else None
+    found, losses, returned = KeptLoss.apply(hidden, weight, targets, lambda losses: mask)
+    got = torch.autograd.grad(found * 0.125, (hidden, weight))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(returned, mask)
+    assert torch.equal(torch.isnan(losses), targets == -100)
+    for one, other in zip(got, wanted or [torch.zeros_like(hidden), torch.zeros_like(weight)], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_rows_get_no_gradient():
+    hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    mask = torch.arange(10) % 2 == 0
+    KeptLoss.apply(hidden, weight, torch.randint(0, 7, (10,)), lambda losses: mask)[0].backward()
+    assert not hidden.grad[~mask].any() and hidden.grad[mask].any()

@@ -1,0 +1,144 @@
+"""Laws 8 and 12: the order is a function of (seed, epoch), its state is one integer, and only bound scores enter it."""
+
+import itertools
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from schemas.errors import UserError
+from schemas.packing import IGNORE
+from schemas.receipt import Layout
+from schemas.shard import open_shard, read_windows, shard_metadata, write_shard
+from trainer.data import ScoreShards, Tokens, ordered
+from trainer.stream import Geometry, prefetched, steps
+
+
+@pytest.fixture
+def source(scores):
+    return ScoreShards(scores.score.output)
+
+
+def keys(source, seed, position, count):
+    return [placed.key for placed in itertools.islice(ordered(source, seed, 2, position), count)]
+
+
+def take(source, geometry, position=0, count=4, seed=0):
+    return list(itertools.islice(steps(source, geometry, seed, 2, position), count))
+
+
+def test_every_epoch_holds_every_window_once_in_an_order_of_its_own(source):
+    total = int(source.group_sizes.sum())
+    first, second = keys(source, 0, 0, total), keys(source, 0, total, total)
+    assert sorted(first) == sorted(second) == list(range(total))
+    assert first != second and first != sorted(first)
+
+
+def test_order_is_a_function_of_the_seed(source):
+    assert keys(source, 1, 0, 20) == keys(source, 1, 0, 20) != keys(source, 2, 0, 20)
+
+
+def test_any_position_opens_the_same_order(source):
+    total = int(source.group_sizes.sum())
+    whole = keys(source, 0, 0, 2 * total + 5)
+    for position in (1, 17, total - 1, total, total + 3):
+        assert keys(source, 0, position, 5) == whole[position : position + 5]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_order_does_not_depend_on_world_size(source, world):
+    alone = take(source, Geometry(16, 64, 8))
+    ranks = [take(source, Geometry(16, 64, 8 // world, rank, world)) for rank in range(world)]
+    for number, step in enumerate(alone):
+        assert {rank[number].position for rank in ranks} == {step.position}
+        for index, micro in enumerate(step.micros):
+            for name in ("ids", "targets", "ref_loss", "window", "chance"):
+                joined = torch.cat([getattr(rank[number].micros[index], name) for rank in ranks])
+                torch.testing.assert_close(joined, getattr(micro, name), rtol=0, atol=0, equal_nan=True)
+            assert all(rank[number].micros[index].counts == micro.counts for rank in ranks)
+
+
+def test_a_stream_resumed_from_its_integer_goes_on_as_if_uninterrupted(source):
+    geometry = Geometry(8, 64, 8)
+    whole = take(source, geometry, count=6)
+    resumed = take(source, geometry, position=whole[2].position, count=3)
+    for one, other in zip(whole[3:], resumed, strict=True):
+        assert one.position == other.position
+        assert torch.equal(one.micros[0].ids, other.micros[0].ids)
+
+
+def test_reference_losses_stand_where_their_tokens_are_predicted(source):
+    step = take(source, Geometry(8, 64, 8), count=1)[0]
+    micro = step.micros[0]
+    known = {tuple(w.tokens): w.ref_loss for group in range(len(source.group_sizes)) for w in source.read(group)}
+    for row in range(8):
+        starts = torch.nonzero(micro.positions[row] == 0).flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], 64], strict=True):
+            tokens = tuple(micro.ids[row, start:end].tolist())
+            if tokens in known:
+                np.testing.assert_array_equal(micro.ref_loss[row, start : end - 1], known[tokens][1:].astype(np.float32))
+    assert torch.equal(torch.isnan(micro.ref_loss), micro.targets == IGNORE)
+    assert int((micro.targets != IGNORE).sum()) == sum(micro.counts)
+    assert torch.equal(torch.bincount(micro.window[micro.window >= 0]), torch.tensor([c for c in micro.counts if c]))
+
+
+def test_the_control_draws_the_same_for_a_token_whatever_the_packing(source):
+    one, other = (take(source, Geometry(rows, 64, rows), count=1)[0].micros[0] for rows in (4, 8))
+    assert torch.equal(one.chance[0].nan_to_num(), other.chance[0].nan_to_num())
+
+
+def test_prefetching_changes_nothing_and_hands_errors_on(source):
+    geometry = Geometry(8, 64, 8)
+    direct = take(source, geometry)
+    fetched = list(itertools.islice(prefetched(steps(source, geometry, 0, 2, 0)), 4))
+    assert [step.position for step in direct] == [step.position for step in fetched]
+
+    def broken():
+        yield direct[0]
+        raise UserError("shard x")
+
+    stream = prefetched(broken())
+    next(stream)
+    with pytest.raises(UserError, match="shard x"):
+        next(stream)
+
+
+def test_a_token_that_does_not_match_its_hash_names_the_shard(scores, tmp_path):
+    folder = tmp_path / "scores"
+    shutil.copytree(scores.score.output, folder)
+    victim = sorted((folder / "units").glob("*.parquet"))[0]
+    table = pq.read_table(victim)
+    lists = table["tokens"].to_pylist()
+    lists[0][1] += 1
+    swapped = table.set_column(2, table.schema.field("tokens"), pa.array(lists, table.schema.field("tokens").type))
+    pq.write_table(swapped, victim, row_group_size=1024)
+    receipt = Layout(folder).receipt(victim.stem)
+    size = next(line for line in receipt.read_text().splitlines() if '"bytes"' in line)
+    receipt.write_text(receipt.read_text().replace(size, f' "bytes": {victim.stat().st_size},'))
+    source = ScoreShards(folder)
+    with pytest.raises(UserError, match=victim.name):
+        list(itertools.islice(ordered(source, 0, 2, 0), int(source.group_sizes.sum())))
+
+
+def test_a_shard_of_other_settings_is_refused(scores, tmp_path):
+    folder = tmp_path / "scores"
+    shutil.copytree(scores.score.output, folder)
+    victim = sorted((folder / "units").glob("*.parquet"))[0]
+    file = open_shard(victim)
+    metadata = shard_metadata(file)
+    metadata["fingerprint"]["scorer"]["dtype"] = "bfloat16"
+    write_shard(victim, read_windows(file.read()), file.schema_arrow.remove_metadata(), metadata)
+    receipt = Layout(folder).receipt(victim.stem)
+    size = next(line for line in receipt.read_text().splitlines() if '"bytes"' in line)
+    receipt.write_text(receipt.read_text().replace(size, f' "bytes": {victim.stat().st_size},'))
+    with pytest.raises(UserError, match=r"scorer\.dtype"):
+        ScoreShards(folder)
+
+
+def test_windows_in_memory_are_a_source_too():
+    source = Tokens([np.arange(5), np.arange(9), np.arange(3)], group=2)
+    assert [len(source.read(0)), len(source.read(1))] == [2, 1]
+    assert sorted(keys(source, 0, 0, 3)) == [0, 1, 2]

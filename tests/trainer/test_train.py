@@ -1,0 +1,169 @@
+"""Laws 6, 9 and 10 on whole training runs."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from schemas.errors import UserError
+from tests.trainer.conftest import read_rows
+from trainer.data import ScoreShards
+from trainer.live import Live
+from trainer.objective import token_scores
+from trainer.stream import Geometry, steps
+
+# Not the threshold: it is the mean over micro-batches, so it says how the step was cut.
+FIGURES = ("loss_all", "loss_kept", "loss_dropped", "grad_norm")
+
+
+def same_rows(one, other, rtol):
+    assert len(one) == len(other) > 2
+    for left, right in zip(one, other, strict=True):
+        assert [left[key] for key in ("step", "position", "tokens_seen", "tokens_selected")] == [
+            right[key] for key in ("step", "position", "tokens_seen", "tokens_selected")
+        ]
+        for key in FIGURES:
+            if left[key] is not None:
+                assert math.isclose(left[key], right[key], rel_tol=rtol, abs_tol=rtol), (left["step"], key)
+
+
+def same_weights(one, other, atol):
+    left, right = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=0, atol=atol)
+
+
+def test_excess_loss_is_zero_when_the_live_model_is_the_reference(scores):
+    live = Live(AutoModelForCausalLM.from_pretrained(scores.score.model), torch.float32)
+    stream = steps(ScoreShards(scores.score.output), Geometry(8, 64, 8), 0, 2, 0)
+    for _ in range(3):
+        micro = next(stream).micros[0]
+        with torch.no_grad():
+            losses = live(micro.ids, micro.positions, micro.targets, lambda losses: ~torch.isnan(losses))[1]
+        excess = token_scores("slm", losses, micro)
+        # float16 keeps 11 bits: half a step at 8-16 nats is 0.004
+        assert excess.nan_to_num().abs().max() < 0.005
+        assert torch.equal(torch.isnan(excess), torch.isnan(micro.ref_loss))
+
+
+@pytest.mark.parametrize("objective", ["clm", "random", "slm"])
+def test_the_realised_keep_ratio_is_the_one_asked_for(scores, tmp_path, train_here, objective):
+    _, rows = train_here(scores, output=tmp_path, objective=objective, keep=0.6)
+    wanted = 1.0 if objective == "clm" else 0.6
+    assert all(abs(row["keep"] - wanted) < 0.01 for row in rows)
+
+
+def test_training_lowers_the_loss_on_what_it_trains_on(scores, tmp_path, train_here):
+    _, rows = train_here(scores, output=tmp_path, objective="clm", epochs=3, learning_rate=5e-3)
+    assert rows[-1]["loss_all"] < rows[0]["loss_all"] - 0.3
+
+
+@pytest.mark.parametrize("objective", ["clm", "slm", "random"])
+def test_gradients_do_not_depend_on_accumulation_in_sequence_scope(scores, tmp_path, train_here, objective):
+    runs = [
+        train_here(scores, output=tmp_path / str(rows), objective=objective, scope="sequence", micro_rows=rows)
+        for rows in (8, 4, 1)
+    ]
+    for final, rows in runs[1:]:
+        same_rows(rows, runs[0][1], 1e-4)
+        same_weights(final, runs[0][0], 1e-4)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "micro"])
+def test_two_ranks_train_as_one_does(scores, tmp_path, train_here, torchrun, scope):
+    fields = {"scope": scope, "objective": "slm"}
+    config = scores.model_copy(update={"train": scores.train.model_copy(update={**fields, "output": tmp_path / "two"})})
+    two = torchrun(config, tmp_path, 2)
+    # `micro` ranks the rows of all ranks together: 2 ranks x 2 rows select as 1 rank x 4 rows
+    final, one = train_here(scores, output=tmp_path / "one", micro_rows=4, **fields)
+    same_rows(two, one, 1e-4)
+    same_weights(tmp_path / "two" / "slm" / "final", final, 1e-4)
+
+
+def interrupt_after(config, fields, steps_done, train_here):
+    """Train until a checkpoint of `steps_done` exists, then stop as a crash would: without a word."""
+
+    class Crash(Exception):
+        pass
+
+    def evaluate(live):
+        evaluate.calls += 1
+        if evaluate.calls == 2:
+            raise Crash
+        return {}
+
+    evaluate.calls = 0
+    with pytest.raises(Crash):
+        train_here(config, evaluate=evaluate, evaluate_every=steps_done + 1, **fields)
+
+
+@pytest.mark.parametrize("objective", ["clm", "slm", "random"])
+def test_stopped_and_resumed_equals_uninterrupted(scores, tmp_path, train_here, objective):
+    fields = {"objective": objective, "checkpoint_every": 2, "epochs": 2}
+    final, whole = train_here(scores, output=tmp_path / "whole", **fields)
+    interrupt_after(scores, {**fields, "output": tmp_path / "cut"}, 5, train_here)
+    assert len(read_rows(tmp_path / "cut")) == 6 < len(whole)
+    again, resumed = train_here(scores, output=tmp_path / "cut", **fields)
+    same_rows(resumed, whole, 0)
+    same_weights(again, final, 0)
+
+
+def test_a_run_stopped_on_one_rank_resumes_on_two(scores, tmp_path, train_here, torchrun):
+    fields = {"objective": "slm", "scope": "sequence", "checkpoint_every": 2}
+    final, whole = train_here(scores, output=tmp_path / "whole", **fields)
+    interrupt_after(scores, {**fields, "output": tmp_path / "cut" / "slm"}, 2, train_here)
+    config = scores.model_copy(update={"train": scores.train.model_copy(update={**fields, "output": tmp_path / "cut"})})
+    same_rows(torchrun(config, tmp_path, 2), whole, 1e-4)
+    same_weights(tmp_path / "cut" / "slm" / "final", final, 1e-4)
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(scores, tmp_path, train_here, write_config):
+    fields = {"objective": "slm", "checkpoint_every": 1, "epochs": 4}
+    _, whole = train_here(scores, output=tmp_path / "whole", **fields)
+    settings = scores.train.model_copy(update={**fields, "output": tmp_path / "cut"})
+    path = write_config(scores.model_copy(update={"train": settings}), tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "pipeline.cli", "train", "-c", str(path)]
+    root = Path(__file__).resolve().parents[2]
+    killed = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, start_new_session=True)
+    while killed.poll() is None and not list((tmp_path / "cut").glob("slm/checkpoints/step-*/state.json")):
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "cut" / "slm" / "final").exists()
+    subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    same_rows(read_rows(tmp_path / "cut" / "slm"), whole, 1e-6)
+
+
+def test_a_finished_run_is_not_trained_again(scores, tmp_path, train_here):
+    final, _ = train_here(scores, output=tmp_path)
+    before = (final / "model.safetensors").stat().st_mtime_ns
+    train_here(scores, output=tmp_path)
+    assert (final / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_changed_settings_are_refused_field_by_field(scores, tmp_path, train_here):
+    train_here(scores, output=tmp_path)
+    with pytest.raises(UserError, match=r"train\.keep: 0\.6 in the checkpoint, 0\.7 now"):
+        train_here(scores, output=tmp_path, keep=0.7)
+
+
+def test_the_final_model_is_a_plain_hugging_face_model(scores, tmp_path, train_here):
+    final, _ = train_here(scores, output=tmp_path)
+    model, report = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model(input_ids=torch.tensor([[0, 5, 6]])).logits.shape == (1, 3, 512)
+    assert not list(final.glob("*.bin")) + list(final.glob("*.pt"))
+
+
+def test_a_step_that_cannot_be_cut_is_one_clear_error(scores, tmp_path, train_here):
+    with pytest.raises(UserError, match=r"train\.tokens_per_step: 8 rows"):
+        train_here(scores, output=tmp_path, micro_rows=3)

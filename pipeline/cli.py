@@ -126,7 +126,9 @@ def eval_(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A score dataset or one score shard.")],
     documents: Annotated[int, typer.Option(help="Documents to show, coloured by reference loss.")] = 3,
-    tokenizer: Annotated[str | None, typer.Option(help="Model folder or name whose tokenizer spells the tokens.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model folder or name whose tokenizer spells the tokens.")
+    ] = None,
 ) -> None:
     """What a score dataset or shard holds: fingerprints, counts, loss histogram, coloured documents."""
     from pipeline.inspect import inspect as show

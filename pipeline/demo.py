@@ -24,7 +24,9 @@ def make_base(config: Config, data: Path) -> Path:
     """A 1M-parameter Llama trained on pages that are not in the corpus; stands for TinyLlama."""
     final = Path(config.base)
     if final.name != "final":
-        raise UserError(f"base: `{config.base}` is not a demo config's; the demo trains its own base into <folder>/final")
+        raise UserError(
+            f"base: `{config.base}` is not a demo config's; the demo trains its own base into <folder>/final"
+        )
     pages = Corpus(paths=[str(data / "base" / "*.jsonl.zst")])
     start = final.parent / "init"
     if not (start / "model.safetensors").exists():
@@ -33,9 +35,9 @@ def make_base(config: Config, data: Path) -> Path:
         LlamaForCausalLM(model_shape(config.context.window)).save_pretrained(start)
     settings = Train(
         output=final.parent,
-        epochs=2,
-        tokens_per_step=8192,
-        micro_rows=32,
+        epochs=1,
+        tokens_per_step=4096,
+        micro_rows=16,
         learning_rate=3e-3,
         dtype="bfloat16",
         checkpoint_every=10_000,

@@ -2,8 +2,8 @@
 
 The corpus stands for OpenWebMath: manual pages (docstrings of numpy, sympy, networkx) with page furniture,
 and worked problems hidden between their sections: reasoning-gym's GSM templates and CHAMP's model-written
-answers, right and wrong. The curated corpus holds worked answers only. Held-out templates and CHAMP problems
-occur nowhere else; the base model's pages come from modules that are not in the corpus.
+answers, right and wrong. The curated corpus holds right worked answers only. Held-out templates and CHAMP
+problems occur nowhere else; the base model's pages come from modules that are not in the corpus.
 """
 
 import ast
@@ -12,8 +12,9 @@ import io
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -32,10 +33,11 @@ SHARDS = 2
 ZSTD_LEVEL = 9
 # Bytes of UTF-8 text at scale 1; tuned so that three training arms fit in minutes on two cores.
 CORPUS_MANUALS, CORPUS_GSM, CORPUS_CHAMP = 2_500_000, 500_000, 300_000
-BASE_MANUALS, CURATED_GSM = 2_500_000, 900_000
+BASE_MANUALS, CURATED_GSM, CURATED_CHAMP = 2_500_000, 800_000, 600_000
 TARGET_GSM, EXACT_MATCH = 300, 100
 HELDOUT_SHARE = 0.25
 GSM_SUFFIX = " Give the result as your final answer. Do not include units."
+RECIPE = 3  # raise when other text is made, so that old folders are rebuilt
 PAGE_BYTES = (800, 2_000, 5_000, 12_000)
 
 Row = dict[str, Any]
@@ -65,23 +67,23 @@ class Sources:
         for index, template in enumerate(made.task_indices):
             if template in templates:
                 item = made[index]
-                question = item["question"].removesuffix(GSM_SUFFIX)
-                if question not in seen:
-                    seen.add(question)
-                    yield template, ask(question), answer(item["metadata"]["answer_cot"]), item["answer"]
+                prompt = ask(item["question"].removesuffix(GSM_SUFFIX))
+                if prompt not in seen:
+                    seen.add(prompt)
+                    yield template, prompt, answer(item["metadata"]["answer_cot"]), item["answer"]
 
-    def champ_outputs(self, rng: random.Random) -> Iterator[str]:
-        """Model-written solutions of training problems, right and wrong, in random order."""
-        told = []
+    def champ_outputs(self, rng: random.Random) -> dict[str, bool]:
+        """Model-written solutions of training problems in random order; true if the result is the right number."""
+        told: dict[str, bool] = {}
         for problem in sorted(self.problems):
             row = self.champ[problem]
             for setting, talk in sorted(row["conversations"].items()):
-                first = next((said for said in talk["messages"] if said["role"].startswith("Model.")), None)
+                said = [turn["text"] for turn in talk["messages"] if turn["role"].startswith("Model.") and turn["text"]]
                 # Prompts of 5-Shot show other problems' solutions, which a model may repeat.
-                if first and first["text"] and not setting.endswith("5-Shot"):
-                    told.append(ask(row["_text"]) + answer(first["text"]))
-        rng.shuffle(told)
-        return iter(dict.fromkeys(told))
+                if len(said) > 1 and not setting.endswith("5-Shot"):
+                    result = re.findall(r"-?\d+(?:\.\d+)?", said[-1].replace(",", ""))[-1:]
+                    told[ask(row["_text"]) + answer(said[0])] = result == [row["_answer"].strip()]
+        return {text: told[text] for text in rng.sample(sorted(told), len(told))}
 
     def champ_expert(self, problem: str) -> tuple[str, str]:
         """(prompt, solution written by CHAMP's authors)."""
@@ -116,13 +118,9 @@ def until(texts: Iterator[str], budget: float) -> Iterator[str]:
 
 def modules() -> list[tuple[str, Path]]:
     """(dotted name, file) of the packages' modules, tests left out; nothing is imported."""
-    found = []
-    for package in PACKAGES:
-        root = Path(str(metadata.distribution(package).locate_file(package)))
-        for path in sorted(root.rglob("*.py")):
-            name = ".".join(path.relative_to(root.parent).with_suffix("").parts)
-            found += [(name.removesuffix(".__init__"), path)] if ".tests" not in name else []
-    return found
+    roots = [Path(str(metadata.distribution(package).locate_file(package))) for package in PACKAGES]
+    paths = [(path.relative_to(root.parent), path) for root in roots for path in sorted(root.rglob("*.py"))]
+    return [(".".join(name.with_suffix("").parts), path) for name, path in paths if "tests" not in name.parts]
 
 
 def sections(name: str, path: Path) -> Iterator[str]:
@@ -201,23 +199,25 @@ def documents(rng: random.Random, site: str, found: list[tuple[str, int, list[st
 def corpora(sources: Sources, scale: float) -> dict[str, list[Row]]:
     """File name (below the folder) to rows, for the three corpora."""
     rng = random.Random(f"{sources.seed} corpora")
-    files = modules()
-    rng.shuffle(files)
+    rng.shuffle(files := modules())
     half = len(files) // 2
     gsm = (prompt + text for _, prompt, text, _ in sources.gsm(1, sources.templates))
-    hidden = [*until(gsm, CORPUS_GSM * scale), *until(sources.champ_outputs(rng), CORPUS_CHAMP * scale)]
+    told = sources.champ_outputs(rng)
+    chosen = dict.fromkeys(until((text for text, right in told.items() if right), CURATED_CHAMP * scale))
+    left = (text for text in told if text not in chosen)
+    hidden = [*until(gsm, CORPUS_GSM * scale), *until(left, CORPUS_CHAMP * scale)]
     noisy = documents(rng, "corpus", list(pages(rng, files[:half], CORPUS_MANUALS * scale)), hidden)
     clean = documents(rng, "base", list(pages(rng, files[half:], BASE_MANUALS * scale)), [])
     made = {f"corpus/owm-style-{i:05}.jsonl.zst": noisy[i :: 2 * SHARDS] for i in range(SHARDS)}
     made |= {f"corpus/owm-style-{i:05}.parquet": noisy[i :: 2 * SHARDS] for i in range(SHARDS, 2 * SHARDS)}
-    return made | {"base/pages.jsonl.zst": clean, "reference/curated.jsonl.zst": curated(sources, rng, scale)}
+    return made | {"base/pages.jsonl.zst": clean, "reference/curated.jsonl.zst": curated(sources, chosen, rng, scale)}
 
 
-def curated(sources: Sources, rng: random.Random, scale: float) -> list[Row]:
-    """Worked answers of training templates, and the experts' solutions of training problems."""
+def curated(sources: Sources, chosen: Iterable[str], rng: random.Random, scale: float) -> list[Row]:
+    """Worked answers of training templates, CHAMP's chosen right answers and its experts' solutions."""
     gsm = (prompt + text for _, prompt, text, _ in sources.gsm(2, sources.templates))
-    texts = list(until(gsm, CURATED_GSM * scale))
-    texts += ["".join(sources.champ_expert(problem)) for problem in sorted(sources.problems)]
+    experts = ("".join(sources.champ_expert(problem)) for problem in sorted(sources.problems))
+    texts = [*until(gsm, CURATED_GSM * scale), *chosen, *experts]
     rng.shuffle(texts)
     return [{"id": f"curated-{i:05}", "text": text} for i, text in enumerate(texts)]
 
@@ -254,7 +254,7 @@ def intact(folder: Path, seed: int, scale: float) -> dict | None:
     """The manifest if it is there, was made with the same settings, and every file still matches."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        same = [manifest[key] for key in ("seed", "scale", "sources")] == [seed, scale, versions()]
+        same = [manifest[key] for key in ("recipe", "seed", "scale", "sources")] == [RECIPE, seed, scale, versions()]
         sums = {name: facts["sha256"] for name, facts in manifest["files"].items()}
         whole = all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == sums[name] for name in sums)
     except (OSError, ValueError, KeyError, TypeError):
@@ -283,17 +283,17 @@ def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict:
         return manifest
     if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
         raise UserError(f"demo data: {folder} holds files that the demo did not make; name an empty folder")
-    made_from, sources = versions(), Sources(seed)
+    made_from, sources, files = versions(), Sources(seed), {}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    files = {}
     for name, rows in (corpora(sources, scale) | heldout(sources, scale)).items():
         data = encode(name, rows)
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).write_bytes(data)
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "documents": len(rows)}
     kept = {"gsm_templates": sorted(sources.heldout_templates), "champ_problems": sorted(sources.heldout_problems)}
-    manifest = {"files": files, "sources": made_from, "seed": seed, "scale": scale, "heldout": kept}
+    made = {"recipe": RECIPE, "seed": seed, "scale": scale, "sources": made_from}
+    manifest = {"files": files, "heldout": kept, **made}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

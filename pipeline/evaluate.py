@@ -72,7 +72,9 @@ def exact_match(model: Any, tokenizer: Any, config: Config) -> dict[str, float]:
         prompts = [head + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in group]
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+        )
         found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=config.eval.new_tokens,
                                do_sample=False, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
         texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)

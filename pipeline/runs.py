@@ -23,9 +23,7 @@ DOCUMENTS_PER_TOKENIZER_CALL = 256
 def train_live(config: Config, objective: Objective | None = None) -> Path:
     """Stage 2: train from the base on stored scores; one folder an objective. Returns the final model's folder."""
     objective = objective or config.train.objective
-    settings = config.train.model_copy(
-        update={"objective": objective, "output": config.train.output / objective}
-    )
+    settings = config.train.model_copy(update={"objective": objective, "output": config.train.output / objective})
     source = ScoreShards(config.score.output)
     base = local_model(config.base)
     tokenizer = load_tokenizer(base, "base")
@@ -47,9 +45,7 @@ def train_reference(config: Config) -> Path:
     return run_training("train reference", config, config.reference.train, base, source, tokenizer)
 
 
-def run_training(
-    title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any
-) -> Path:
+def run_training(title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any) -> Path:
     """Run the trainer with a progress bar and held-out evaluation."""
     ranks = join()
     evaluate = None

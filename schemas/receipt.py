@@ -108,7 +108,9 @@ def read_dataset(layout: Layout) -> dict[str, Any]:
     try:
         return raw["fingerprint"]
     except (TypeError, KeyError) as error:
-        raise UserError(f"{layout.dataset}: has no `fingerprint`; it was damaged or not written by tokensift") from error
+        raise UserError(
+            f"{layout.dataset}: has no `fingerprint`; it was damaged or not written by tokensift"
+        ) from error
 
 
 def _write_once(path: Path, value: dict[str, Any]) -> bool:

@@ -73,7 +73,9 @@ def write_shard(path: Path, windows: Sequence[Window], schema: pa.Schema, metada
 
 def read_windows(table: pa.Table) -> list[Window]:
     """Rows of a score shard's table as windows."""
-    columns = {name: _arrays(table[name]) for name in ("tokens", "ref_loss", "ref_entropy") if name in table.schema.names}
+    columns = {
+        name: _arrays(table[name]) for name in ("tokens", "ref_loss", "ref_entropy") if name in table.schema.names
+    }
     nothing = [None] * len(table)
     return [
         Window(doc_id, index, tokens.astype(np.int64), loss, entropy)

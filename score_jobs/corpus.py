@@ -72,7 +72,9 @@ def _dataset_files(corpus: Corpus) -> list[str]:
     except Exception as error:
         raise UserError(f"corpus.dataset: `{corpus.dataset}` cannot be resolved: {error}") from error
     if corpus.split not in files:
-        raise UserError(f"corpus.split: `{corpus.split}` is not in {corpus.dataset}; it has {', '.join(files) or 'none'}")
+        raise UserError(
+            f"corpus.split: `{corpus.split}` is not in {corpus.dataset}; it has {', '.join(files) or 'none'}"
+        )
     return [str(name) for name in files[corpus.split]]
 
 
@@ -113,7 +115,9 @@ def read_documents(url: str, first: int, end: int, corpus: Corpus) -> Iterator[D
     """
     try:
         with fsspec.open(url, "rb") as handle:
-            rows = _parquet_rows(handle, url, first, end, corpus) if url.endswith(".parquet") else _json_rows(handle, url)
+            rows = (
+                _parquet_rows(handle, url, first, end, corpus) if url.endswith(".parquet") else _json_rows(handle, url)
+            )
             for row, record in rows:
                 if row >= end:
                     return
@@ -154,7 +158,9 @@ def _is_unicode(text: str) -> bool:
 def _parquet_rows(handle: BinaryIO, url: str, first: int, end: int, corpus: Corpus) -> Iterator[tuple[int, Any]]:
     file = pq.ParquetFile(handle)
     if corpus.text not in file.schema_arrow.names:
-        raise UserError(f"corpus.text: {url} has no column `{corpus.text}`; it has {', '.join(file.schema_arrow.names)}")
+        raise UserError(
+            f"corpus.text: {url} has no column `{corpus.text}`; it has {', '.join(file.schema_arrow.names)}"
+        )
     columns = [name for name in (corpus.text, corpus.id) if name in file.schema_arrow.names]
     row = 0
     for group in range(file.metadata.num_row_groups):

@@ -83,7 +83,9 @@ def _take(lock: Any, layout: Layout) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UserError(f"{layout.root}: another `make score` is writing here; wait for it, or choose score.output") from error
+        raise UserError(
+            f"{layout.root}: another `make score` is writing here; wait for it, or choose score.output"
+        ) from error
 
 
 def _prepare(config: Config, layout: Layout) -> Job:

@@ -66,9 +66,7 @@ def plan(
     return Plan(units, broken)
 
 
-def cut_units(
-    url: str, input_hash: str, size_bytes: int, documents: int, unit_bytes: int, settings: str
-) -> list[Unit]:
+def cut_units(url: str, input_hash: str, size_bytes: int, documents: int, unit_bytes: int, settings: str) -> list[Unit]:
     """Equal ranges of a shard's documents, about `unit_bytes` of input each."""
     count = max(1, min(documents, round(size_bytes / unit_bytes)))
     edges = [documents * i // count for i in range(count + 1)]

@@ -121,12 +121,16 @@ class Worker:
         bad = {owner.row for (owner, _), (losses, _) in zip(owners, scores, strict=True) if not _finite(losses)}
         empty = {document.row for document in documents} - {owner.row for owner, _ in owners}
         windows = [
-            Window(owner.id, index, ids, losses.astype(np.float16), None if unsure is None else unsure.astype(np.float16))
+            Window(
+                owner.id, index, ids, losses.astype(np.float16), None if unsure is None else unsure.astype(np.float16)
+            )
             for (owner, index), ids, (losses, unsure) in zip(owners, tokens, scores, strict=True)
             if owner.row not in bad
         ]
         return windows, [
-            Rejected(document.row, document.id, "no tokens" if document.row in empty else "reference loss is not finite")
+            Rejected(
+                document.row, document.id, "no tokens" if document.row in empty else "reference loss is not finite"
+            )
             for document in documents
             if document.row in bad | empty
         ]
@@ -142,7 +146,9 @@ class Worker:
             again = check_windows(partial, file.read_row_group(group))
             for old, new in zip(windows[read : read + len(again)], again, strict=True):
                 if not (np.array_equal(old.tokens, new.tokens) and _same(old.ref_loss, new.ref_loss)):
-                    raise ScoringError(f"{partial}: document {old.doc_id} reads back differently; check disk and memory")
+                    raise ScoringError(
+                        f"{partial}: document {old.doc_id} reads back differently; check disk and memory"
+                    )
             read += len(again)
         if read != len(windows):
             raise ScoringError(f"{partial}: {read} of {len(windows)} windows read back; check disk and memory")
@@ -173,5 +179,3 @@ def _finite(losses: np.ndarray) -> bool:
 
 def _same(old: np.ndarray | None, new: np.ndarray | None) -> bool:
     return old is not None and new is not None and np.array_equal(old, new, equal_nan=True)
-
-

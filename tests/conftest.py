@@ -92,9 +92,9 @@ def build_tiny_model(folder: Path, seed: int = 0) -> Path:
     trained = ByteLevelBPETokenizer()
     texts = [document["text"] for document in make_documents(60, seed=99)]
     trained.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
     torch.manual_seed(seed)
     shape = LlamaConfig(
         vocab_size=VOCABULARY,

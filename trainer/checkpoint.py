@@ -41,10 +41,12 @@ class State:
     settings: dict[str, Any]
 
 
-def save(folder: Path, live: Live, tokenizer: Any, optimizer: torch.optim.Optimizer | None, state: State, ranks: Ranks) -> None:
+def save(
+    folder: Path, live: Live, tokenizer: Any, optimizer: torch.optim.Optimizer | None, state: State, ranks: Ranks
+) -> None:
     """Write a checkpoint to `folder`; every rank must call, the first one writes."""
     weights = get_model_state_dict(live, options=WHOLE)
-    moments = get_optimizer_state_dict(live, optimizer, options=WHOLE).get("state", {}) if optimizer else {}
+    moments: Any = get_optimizer_state_dict(live, optimizer, options=WHOLE).get("state", {}) if optimizer else {}
     if ranks.first:
         partial = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
@@ -66,12 +68,12 @@ def save(folder: Path, live: Live, tokenizer: Any, optimizer: torch.optim.Optimi
 
 def load_optimizer(folder: Path, live: Live, optimizer: torch.optim.Optimizer) -> None:
     """Restore the moments, whatever number of ranks they were saved on."""
-    state: dict[str, dict[str, torch.Tensor]] = {}
+    state: dict[str, Any] = {}
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         parameter, key = name.rsplit("|", 1)
         state.setdefault(parameter, {})[key] = tensor
     # Hyper-parameters come from the config; only the moments are state.
-    groups = get_optimizer_state_dict(live, optimizer, options=EVERY_RANK)["param_groups"]
+    groups: Any = get_optimizer_state_dict(live, optimizer, options=EVERY_RANK)["param_groups"]
     set_optimizer_state_dict(live, optimizer, {"state": state, "param_groups": groups}, options=EVERY_RANK)
 
 
@@ -104,7 +106,8 @@ def refuse_changes(folder: Path, stored: State, dataset: str, settings: dict[str
         lines.append(f"scores: dataset {stored.dataset} in the checkpoint, {dataset} now")
     if lines:
         raise UserError(
-            f"{folder}: cannot resume with other settings; restore them or give a new train.output:\n  " + "\n  ".join(lines)
+            f"{folder}: cannot resume with other settings; restore them or give a new train.output:\n  "
+            + "\n  ".join(lines)
         )
 
 

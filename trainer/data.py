@@ -44,7 +44,9 @@ class ScoreShards:
         for unit, receipt in receipts.items():
             path = layout.shard(unit)
             if not path.exists() or path.stat().st_size != receipt.bytes:
-                raise UserError(f"{path}: missing or not the {receipt.bytes} bytes of its receipt; see `tokensift verify`")
+                raise UserError(
+                    f"{path}: missing or not the {receipt.bytes} bytes of its receipt; see `tokensift verify`"
+                )
             file = open_shard(path)
             changed = difference(self.dataset, shard_metadata(file)["fingerprint"])
             if changed:
@@ -62,7 +64,9 @@ class ScoreShards:
         try:
             table = open_shard(path).read_row_group(index)
         except OSError as error:
-            raise UserError(f"{path}: row group {index} is damaged ({error}); delete its receipt, score again") from error
+            raise UserError(
+                f"{path}: row group {index} is damaged ({error}); delete its receipt, score again"
+            ) from error
         return check_windows(path, table)
 
 
@@ -72,7 +76,9 @@ class Tokens:
     def __init__(self, windows: list[np.ndarray], group: int = 1024):
         """Take windows of token ids; `group` of them are shuffled as one."""
         self.windows, self.group = windows, group
-        self.group_sizes = np.array([len(windows[i : i + group]) for i in range(0, len(windows), group)], dtype=np.int64)
+        self.group_sizes = np.array(
+            [len(windows[i : i + group]) for i in range(0, len(windows), group)], dtype=np.int64
+        )
         self.tokens = sum(len(window) for window in windows)
         self.fingerprint = digest([len(windows), self.tokens, *(int(window.sum()) for window in windows)])
 
@@ -98,7 +104,7 @@ def ordered(source: Source, seed: int, shuffle_groups: int, position: int) -> It
     total = int(source.group_sizes.sum())
     if total == 0:
         raise UserError("the dataset holds no windows; look at it with `tokensift inspect`")
-    first_key = np.concatenate([[0], np.cumsum(source.group_sizes)])
+    first_key = [0, *np.cumsum(source.group_sizes).tolist()]
     while True:
         epoch, offset = divmod(position, total)
         rng = np.random.default_rng([seed, epoch])

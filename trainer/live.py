@@ -66,5 +66,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The longest list of modules in the body. Raises UserError if the model has none."""
     lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
-        raise UserError(f"{type(model).__name__}: no list of decoder layers found, so it cannot be sharded; use one GPU")
+        raise UserError(
+            f"{type(model).__name__}: no list of decoder layers found, so it cannot be sharded; use one GPU"
+        )
     return max(lists, key=len)

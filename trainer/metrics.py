@@ -25,7 +25,9 @@ class StepStats:
         broken = predicted & ~torch.isfinite(losses)
         kept, dropped = losses[mask], losses[predicted & ~mask]
         counts = [kept.sum(), dropped.sum(), kept.numel(), dropped.numel(), broken.sum(), threshold]
-        self.sums += torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.sums.device) for value in counts])
+        self.sums += torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=self.sums.device) for value in counts]
+        )
         self.thresholds += 1
 
     def means(self, sums: torch.Tensor, world: int) -> dict[str, float | None]:

@@ -28,7 +28,7 @@ def select_top_by_window(excess: torch.Tensor, window: torch.Tensor, keep: float
     # Two stable sorts: by excess, then by window; equal excess keeps the order of positions.
     order = valid[torch.argsort(excess[valid], descending=True, stable=True)]
     order = order[torch.argsort(window[order], stable=True)]
-    groups, counts = torch.unique_consecutive(window[order], return_counts=True)
+    _, counts = torch.unique_consecutive(window[order], return_counts=True)
     first = torch.cumsum(counts, 0) - counts
     rank = torch.arange(len(order), device=excess.device) - torch.repeat_interleave(first, counts)
     quotas = torch.round(keep * counts.double()).long()

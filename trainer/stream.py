@@ -7,7 +7,7 @@ before any forward, and no rank has state of its own.
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Micro:
     def to(self, device: torch.device) -> "Micro":
         """The same on `device`, copied without waiting."""
         names = ("ids", "positions", "targets", "ref_loss", "window", "chance")
-        return Micro(*(getattr(self, name).to(device, non_blocking=True) for name in names), self.counts)
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,9 @@ def _cut(rows: list[list[int]], members: list[Placed], geometry: Geometry, seed:
     micros = []
     for start in range(0, geometry.rows, per_micro):
         own = start + geometry.rank * geometry.micro_rows
-        micros.append(_micro(rows[start : start + per_micro], rows[own : own + geometry.micro_rows], members, geometry, seed))
+        micros.append(
+            _micro(rows[start : start + per_micro], rows[own : own + geometry.micro_rows], members, geometry, seed)
+        )
     tokens = sum(len(member.window.tokens) for member in members)
     return Step(micros, position, tokens, 1 - tokens / (geometry.rows * geometry.row_tokens))
 
@@ -128,9 +130,14 @@ def _micro(every: list[list[int]], own: list[list[int]], members: list[Placed], 
     mine = [index for row in own for index in row]
     local = {index: i for i, index in enumerate(mine)}
     windows = [members[index].window for index in mine]
-    packed = collate([window.tokens for window in windows], [[local[i] for i in row] for row in own], geometry.row_tokens)
+    packed = collate(
+        [window.tokens for window in windows], [[local[i] for i in row] for row in own], geometry.row_tokens
+    )
     unscored = [np.full(len(window.tokens), np.nan, np.float32) for window in windows]
-    ref = [nothing if window.ref_loss is None else window.ref_loss for window, nothing in zip(windows, unscored, strict=True)]
+    ref = [
+        nothing if window.ref_loss is None else window.ref_loss
+        for window, nothing in zip(windows, unscored, strict=True)
+    ]
     chance = [token_chance(seed, members[index].key, len(members[index].window.tokens)) for index in mine]
     return Micro(
         torch.from_numpy(packed.ids),

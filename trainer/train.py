@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def optimize(live: Live, optimizer: torch.optim.Optimizer, step: Step, run: Run,
         (loss_sum / divisor).backward()
         stats.add(losses, mask, micro.targets, threshold(config, losses, mask, micro))
     row = stats.means(ranks.sum(stats.sums), ranks.world)
-    norm = torch.nn.utils.clip_grad_norm_(live.parameters(), config.clip)
+    norm: Any = torch.nn.utils.clip_grad_norm_(live.parameters(), config.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if row.pop("broken") or not torch.isfinite(norm):
         raise UserError(f"{config.output}: loss or gradient is not finite at step {number + 1}; lower train.learning_rate"
@@ -148,9 +148,7 @@ def threshold(config: Train, losses: torch.Tensor, mask: torch.Tensor, micro: Mi
 def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
     """The live model on its device, sharded if there are several ranks, and its optimizer."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            saved or run.base, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(saved or run.base, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"base: {saved or run.base} cannot be loaded: {str(error).splitlines()[0]}") from error
     live = Live(model.to(run.ranks.device).train(), getattr(torch, run.config.dtype))
@@ -203,10 +201,8 @@ class _Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        try:
+        with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
             signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
-            pass
 
     def _ask(self, *_: Any) -> None:
         self.asked = True

@@ -79,7 +79,9 @@ def test_reference_losses_stand_where_their_tokens_are_predicted(source):
         for start, end in zip(starts, [*starts[1:], 64], strict=True):
             tokens = tuple(micro.ids[row, start:end].tolist())
             if tokens in known:
-                np.testing.assert_array_equal(micro.ref_loss[row, start : end - 1], known[tokens][1:].astype(np.float32))
+                np.testing.assert_array_equal(
+                    micro.ref_loss[row, start : end - 1], known[tokens][1:].astype(np.float32)
+                )
     assert torch.equal(torch.isnan(micro.ref_loss), micro.targets == IGNORE)
     assert int((micro.targets != IGNORE).sum()) == sum(micro.counts)
     assert torch.equal(torch.bincount(micro.window[micro.window >= 0]), torch.tensor([c for c in micro.counts if c]))

@@ -1,0 +1,95 @@
+"""Stage 1's engine beside a plain Hugging Face forward, one window at a time, on the same documents.
+
+    python -m benchmarks.scoring --model runs/demo/base/final --corpus 'runs/demo/data/corpus/*' --documents 40
+
+Prints tokens/s of both, their ratio, the largest difference of any loss in nats, and the share of the
+machine's own measured matmul peak that the engine reaches (2 FLOPs a parameter and token, attention left out).
+"""
+
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.runs import load_tokenizer
+from schemas.config import Context, Corpus
+from schemas.context import encode_documents
+from score_jobs.corpus import Document, read_documents, resolve, survey
+from score_jobs.engine import Engine
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path("runs/demo/base/final"),
+    corpus: Annotated[list[str] | None, typer.Option(help="Corpus paths or globs.")] = None,
+    documents: Annotated[int, typer.Option(help="Documents of each shard.")] = 40,
+    window: Annotated[int, typer.Option(help="Tokens.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward.")] = 8192,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Measure and print."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    windows = read(corpus or ["runs/demo/data/corpus/*"], model, documents, window)
+    tokens = sum(map(len, windows))
+    engine = Engine(model, window, dtype, batch_tokens, device)
+    engine.score(windows[:2])
+    plain, plain_seconds = timed(lambda: [one_by_one(engine.model, ids, device) for ids in windows])
+    packed, packed_seconds = timed(lambda: [losses for losses, _ in engine.score(windows)])
+    worst = max(float(np.abs(a[1:] - b[1:]).max(initial=0)) for a, b in zip(plain, packed, strict=True))
+    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    peak = matmul_peak(getattr(torch, dtype), device)
+    table = Table("what", "tokens/s", "ratio", title=f"{model}, {dtype}, {device}, {torch.get_num_threads()} threads")
+    table.add_row("Hugging Face forward, one window at a time", f"{tokens / plain_seconds:,.0f}", "1.00")
+    table.add_row(
+        "tokensift engine, packed", f"{tokens / packed_seconds:,.0f}", f"{plain_seconds / packed_seconds:.2f}"
+    )
+    console = Console()
+    console.print(table)
+    console.print(f"{len(windows)} windows, {tokens:,} tokens; largest difference {worst:.2e} nats")
+    flops = 2 * parameters * tokens / packed_seconds
+    console.print(f"{flops / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s measured matmul peak ({dtype}): {flops / peak:.0%}")
+
+
+def read(paths: list[str], model: Path, documents: int, window: int) -> list[np.ndarray]:
+    """Windows of the first documents of each shard."""
+    corpus, tokenizer = Corpus(paths=paths), load_tokenizer(model, "--model")
+    context = Context(window=window, bos=tokenizer.bos_token_id is not None, eos=tokenizer.eos_token_id is not None)
+    windows: list[np.ndarray] = []
+    for url in resolve(corpus):
+        rows = islice(read_documents(url, 0, survey(url)[2], corpus), documents)
+        texts = [row.text for row in rows if isinstance(row, Document)]
+        windows += [piece for pieces in encode_documents(tokenizer, texts, context) for piece in pieces]
+    return windows
+
+
+@torch.inference_mode()
+def one_by_one(model: torch.nn.Module, ids: np.ndarray, device: str) -> np.ndarray:
+    """The peer: full logits of one window, float32 cross-entropy."""
+    tokens = torch.from_numpy(ids).to(device)
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+    return np.concatenate([[np.nan], losses.cpu().numpy()])
+
+
+def matmul_peak(dtype: torch.dtype, device: str, size: int = 2048) -> float:
+    """FLOP/s of the best of ten square products."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    a @ b
+    return 2 * size**3 / min(timed(lambda: (a @ b).sum().item())[1] for _ in range(10))
+
+
+def timed(work: Callable) -> tuple:
+    """Result and seconds."""
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    typer.run(main)

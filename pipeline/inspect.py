@@ -1,0 +1,189 @@
+"""Inspection: what a score dataset or shard holds, for eyes: fingerprints, counts, losses, coloured documents."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from pipeline.progress import console as default_console
+from schemas.errors import UserError
+from schemas.receipt import HISTOGRAM_EDGES_NATS, Layout, read_dataset, read_receipts
+from schemas.shard import Window, open_shard, read_windows, shard_metadata
+
+# Green over yellow to red, one for each bin of HISTOGRAM_EDGES_NATS; black text is readable on all of them.
+COLOURS = ("#5fbf77", "#7fc97a", "#a3d37c", "#c8dc7e", "#e8e07f", "#f2c772", "#f2a765", "#ee8560", "#e8635c")
+BAR_WIDTH = 40
+HASH_LENGTH = 24
+PARTIAL = "▪"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Counts of a dataset or shard; bytes are those of the shards, losses are in nats."""
+
+    units: int
+    documents: int
+    windows: int
+    tokens: int
+    quarantined: int | None
+    bytes: int
+    loss_sum: float
+    loss_count: int
+    histogram: list[int]
+
+
+def inspect(path: Path, tokenizer: Any = None, documents: int = 3, console: Console | None = None) -> None:
+    """Print what a score dataset folder or a lone score shard holds, then `documents` coloured documents.
+
+    Without a `tokenizer` tokens are shown as ids. Raises UserError if `path` is neither a dataset nor a shard.
+    """
+    console = console or default_console
+    if path.is_dir():
+        layout = Layout(path)
+        fingerprint = read_dataset(layout)
+        summary, shards = _of_dataset(layout)
+    else:
+        fingerprint = shard_metadata(open_shard(path)).get("fingerprint", {})
+        summary, shards = _of_shard(path), [path]
+    console.print(_tree(str(path), fingerprint), _counts(summary))
+    if summary.loss_count:
+        console.print(_histogram(summary))
+    for doc_id, windows in islice(_documents(shards), documents):
+        console.print(_coloured(doc_id, windows, tokenizer), soft_wrap=True)
+
+
+def spell(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token by itself, spaces kept, control characters replaced.
+
+    Tokens that hold only a part of a character are `▪`, but the last of them shows what they spell together.
+    """
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # a first token would lose its space
+    alone = len(_decode(tokenizer, anchor))
+    pieces = [_decode(tokenizer, [*anchor, token])[alone:] for token in ids]
+    spelt: list[str] = []
+    for partial, group in groupby(zip(ids, pieces, strict=True), key=lambda pair: "\ufffd" in pair[1]):
+        run = list(group)
+        if partial:
+            together = _decode(tokenizer, [*anchor, *(token for token, _ in run)])[alone:]
+            spelt += [PARTIAL] * (len(run) - 1) + [together]
+        else:
+            spelt += [piece for _, piece in run]
+    return [printable(piece) for piece in spelt]
+
+
+def printable(text: str) -> str:
+    """`text` without what could drive a terminal or break XML; newlines and tabs stay."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _of_dataset(layout: Layout) -> tuple[Summary, list[Path]]:
+    receipts = read_receipts(layout)
+
+    def total(name: str) -> Any:
+        return sum(getattr(receipt, name) for receipt in receipts.values())
+
+    counts = [receipt.loss_histogram for receipt in receipts.values()] or [[0] * len(HISTOGRAM_EDGES_NATS)]
+    names = ("documents", "windows", "tokens", "quarantined", "bytes", "loss_sum", "loss_count")
+    sums = [total(name) for name in names]
+    return Summary(len(receipts), *sums, np.sum(counts, axis=0).tolist()), [layout.shard(unit) for unit in receipts]
+
+
+def _of_shard(path: Path) -> Summary:
+    documents = windows = tokens = count = 0
+    loss_sum, histogram = 0.0, np.zeros(len(HISTOGRAM_EDGES_NATS), dtype=np.int64)
+    for window in _windows(path):
+        losses = np.empty(0) if window.ref_loss is None else window.ref_loss[1:].astype(np.float64)
+        losses = losses[np.isfinite(losses)]
+        documents += window.index == 0
+        windows += 1
+        tokens += len(window.tokens)
+        count += len(losses)
+        loss_sum += float(losses.sum())
+        histogram += np.histogram(losses, [*HISTOGRAM_EDGES_NATS, np.inf])[0]
+    return Summary(1, documents, windows, tokens, None, path.stat().st_size, loss_sum, count, histogram.tolist())
+
+
+def _windows(path: Path) -> Iterator[Window]:
+    file = open_shard(path)
+    try:
+        for group in range(file.metadata.num_row_groups):
+            yield from read_windows(file.read_row_group(group))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: damaged ({error}); run `tokensift verify` on its dataset") from error
+
+
+def _documents(shards: list[Path]) -> Iterator[tuple[str, list[Window]]]:
+    for shard in shards:
+        document: list[Window] = []
+        for window in _windows(shard):
+            if window.index == 0 and document:  # ids need not be unique, but every document begins with window 0
+                yield document[0].doc_id, document
+                document = []
+            document.append(window)
+        if document:
+            yield document[0].doc_id, document
+
+
+def _tree(title: str, values: dict[str, Any], tree: Tree | None = None) -> Tree:
+    tree = tree or Tree(Text(title, style="bold"))
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _tree(key, value, tree.add(Text(key, style="bold")))
+        else:
+            text = str(value)
+            short = text if len(text) <= HASH_LENGTH else text[:12] + "…"
+            tree.add(Text.assemble((f"{key} ", "dim"), short))
+    return tree
+
+
+def _counts(summary: Summary) -> Table:
+    table = Table("units", "documents", "windows", "tokens", "quarantined", "bytes", "bytes/token", "mean loss (nats)")
+    whole = (summary.units, summary.documents, summary.windows, summary.tokens, summary.quarantined, summary.bytes)
+    table.add_row(
+        *("-" if value is None else f"{value:,}" for value in whole),
+        f"{summary.bytes / summary.tokens:.2f}" if summary.tokens else "-",
+        f"{summary.loss_sum / summary.loss_count:.3f}" if summary.loss_count else "-",
+    )
+    return table
+
+
+def _histogram(summary: Summary) -> Table:
+    """Bars of the reference losses; their colours are the legend of the documents."""
+    table = Table("reference loss (nats)", "tokens", "share", title="token colours", title_justify="left", box=None)
+    most = max(summary.histogram)
+    for label, count, colour in zip(_labels(), summary.histogram, COLOURS, strict=True):
+        width = round(BAR_WIDTH * count / most) or bool(count)
+        share = f"{count / summary.loss_count:.1%}"
+        table.add_row(
+            Text(label, style=f"black on {colour}"), f"{count:,}", Text(f"{'█' * width} {share}", style=colour)
+        )
+    return table
+
+
+def _labels() -> list[str]:
+    edges = HISTOGRAM_EDGES_NATS
+    return [f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:g} and more"]
+
+
+def _coloured(doc_id: str, windows: list[Window], tokenizer: Any) -> Text:
+    text = Text.assemble("\n", (printable(doc_id), "bold"), f" ({len(windows)} windows)\n")
+    for window in windows:
+        ids = window.tokens.tolist()
+        words = spell(tokenizer, ids) if tokenizer else [f"{token} " for token in ids]
+        losses = np.full(len(ids), np.nan) if window.ref_loss is None else window.ref_loss
+        for word, loss in zip(words, losses, strict=True):
+            bin_ = int(np.searchsorted(HISTOGRAM_EDGES_NATS, max(float(loss), 0.0), side="right")) - 1
+            text.append(word, style="dim" if np.isnan(loss) else f"black on {COLOURS[bin_]}")
+    return text

@@ -1,0 +1,288 @@
+"""The report of an experiment: what selection bought, in tokens and in compute, and which tokens it chose."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from pipeline.report_chart import Point, Series, chart, coloured_text, frame_of, short, standalone
+from pipeline.report_page import Section, Token, definitions, document, key, page, table
+from pipeline.report_text import judge
+from schemas.config import Config
+from schemas.errors import UserError
+from schemas.files import write_atomic
+from schemas.fingerprint import digest
+from schemas.receipt import Layout, read_dataset, read_receipts
+from trainer.metrics import read_metrics
+
+ARMS = {"clm": "CLM, every token", "random": "random tokens", "slm": "SLM, by excess loss"}
+SHORT = {"clm": "CLM", "random": "random", "slm": "SLM"}
+TRAIN_COST = 3  # forwards: one forward, and a backward that costs two
+SCORE_COST = 1
+BINS = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One training run as its metrics tell it; `curve` is (tokens seen, held-out target loss in nats)."""
+
+    curve: list[Point]
+    train: list[dict[str, Any]]
+    finished: bool
+
+    @property
+    def final(self) -> float:
+        """Last held-out target loss, nats; NaN if none was measured."""
+        return self.curve[-1][1] if self.curve else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Tokens processed before the live model's training begins; None: the reference was trained elsewhere."""
+
+    reference: int | None
+    scored: int
+
+    @property
+    def forwards(self) -> int:
+        """Forward-token equivalents."""
+        return TRAIN_COST * (self.reference or 0) + SCORE_COST * self.scored
+
+
+def build_report(config: Config) -> Path:
+    """Write `report.html`, `curve.svg` and `tokens.svg` into `train.output`; returns the page's path.
+
+    Raises UserError if no arm has been trained yet.
+    """
+    arms = read_arms(config.train.output)
+    if not arms:
+        raise UserError(f"train.output: {config.train.output} has no arm's metrics.jsonl; run `tokensift train` first")
+    cost = read_cost(config)
+    windows = judge(config) if "slm" in arms and arms["slm"].finished else []
+    sections = [
+        Section("Arms", arms_caption(arms), arms_table(arms)),
+        *curve_sections(arms, cost),
+        Section("Kept and dropped tokens", "Loss in training, nats/token, averaged over neighbouring steps: what the"
+                " selection trains on and what it leaves.", selection_chart(arms) or "<p>No selective arm.</p>"),
+        documents_section(windows, config.train.keep),
+        Section("Made from", "", definitions(origin(config, cost))),
+    ]  # fmt: skip
+    path = config.train.output / "report.html"
+    write_atomic(path, page(f"Tokensift: {config.name}", headline(arms), sections).encode())
+    if any(arm.curve for arm in arms.values()):
+        write_picture(config.train.output / "curve.svg", token_chart(arms))
+    if windows:
+        write_picture(config.train.output / "tokens.svg", text_picture(windows, config.train.keep))
+    return path
+
+
+def write_picture(path: Path, svg: str) -> None:
+    """Save a figure of the page as an SVG file with its own background."""
+    write_atomic(path, standalone(svg).encode())
+
+
+def speed_up(curve: Sequence[Point], target: float) -> float | None:
+    """Tokens at which a curve of (tokens, loss) first comes down to `target`, linear between its points.
+
+    None if it never does. The speed-up is one curve's value divided by another's.
+    """
+    before: Point | None = None
+    for tokens, loss in curve:
+        if loss <= target:
+            if before is None:
+                return float(tokens)
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (tokens - before[0])
+        if not math.isnan(loss):
+            before = (tokens, loss)
+    return None
+
+
+def read_arms(output: Path) -> dict[str, Arm]:
+    """The arms that have metrics, in the order of the report."""
+    arms = {}
+    for name in ARMS:
+        rows = read_metrics(output / name / "metrics.jsonl")
+        evals = [row for row in rows if row["kind"] == "eval" and "target_loss" in row]
+        curve = [(float(row["tokens_seen"]), float(row["target_loss"])) for row in evals]
+        if rows:
+            finished = (output / name / "final" / "config.json").exists()
+            arms[name] = Arm(curve, [row for row in rows if row["kind"] == "train"], finished)
+    return arms
+
+
+def read_cost(config: Config) -> Cost:
+    """What the reference and the scores cost, from the reference's metrics and the receipts."""
+    rows = read_metrics(config.reference.train.output / "metrics.jsonl") if config.reference else []
+    reference = max((row["tokens_seen"] for row in rows), default=None)
+    receipts = read_receipts(Layout(config.score.output))
+    return Cost(reference, sum(receipt.tokens for receipt in receipts.values()))
+
+
+def compute_curve(name: str, arm: Arm, cost: Cost) -> list[Point]:
+    """The arm's curve against forward-token equivalents; only SLM pays for the reference and the scores."""
+    offset = cost.forwards if name == "slm" else 0
+    return [(offset + TRAIN_COST * tokens, loss) for tokens, loss in arm.curve]
+
+
+def ratio(arms: dict[str, Arm], name: str) -> float | None:
+    """Tokens that CLM needs to its own final loss over those that the arm needs to it."""
+    needed = {key: speed_up(arms[key].curve, arms["clm"].final) for key in ("clm", name) if key in arms and "clm" in arms}
+    clm, other = needed.get("clm"), needed.get(name)
+    return clm / other if clm and other else None
+
+
+def headline(arms: dict[str, Arm]) -> str:
+    """What the experiment found, in a sentence or two."""
+    if "clm" not in arms or not arms["clm"].curve:
+        return "No CLM arm with a held-out target loss, so nothing to compare selection with."
+    if not speed_up(arms["clm"].curve, arms["clm"].final):
+        return "CLM did not end below the base model's held-out target loss, so no speed-up can be stated."
+    unfinished = [SHORT[name] for name, arm in arms.items() if not arm.finished]
+    sentences = [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
+    goal = f"CLM's final held-out target loss ({arms['clm'].final:.3f} nats)"
+    for name, who in (("slm", "SLM"), ("random", "Random selection")):
+        if name in arms:
+            sentences.append(_reached(who, goal, arms, name))
+            goal = "it"
+    return " ".join(sentences) or f"CLM ended at {arms['clm'].final:.3f} nats/token; no other arm was trained yet."
+
+
+def _reached(who: str, goal: str, arms: dict[str, Arm], name: str) -> str:
+    tokens, faster = speed_up(arms[name].curve, arms["clm"].final), ratio(arms, name)
+    if tokens is None or faster is None:
+        return f"{who} did not reach {goal} and ended at {arms[name].final:.3f}."
+    return f"{who} reached {goal} after {short(tokens)} tokens, {times(faster)}."
+
+
+def times(factor: float, more: str = "more", fewer: str = "fewer") -> str:
+    """A ratio above one as `2.0× fewer`, one below as `2.0× more`."""
+    return f"{factor:.2f}× {fewer}" if factor >= 1 else f"{1 / factor:.2f}× {more}"
+
+
+def arms_caption(arms: dict[str, Arm]) -> str:
+    """How to read the table."""
+    seen = {arm.train[-1]["tokens_seen"] for arm in arms.values() if arm.train}
+    equal = "All arms saw about as many tokens" if seen and min(seen) > 0.98 * max(seen) else "The arms saw unequal tokens"
+    return (f"{equal}; final losses compare them with the learning rate fully decayed. The speed-up is in tokens to CLM's"
+            " final loss: an arm that gets there early does so before its learning rate has decayed.")  # fmt: skip
+
+
+def arms_table(arms: dict[str, Arm]) -> str:
+    """One row an arm."""
+    head = ("arm", "final target loss", "tokens seen", "tokens selected", "tokens to CLM's final", "speed-up", "tokens/s")
+    rows = []
+    for name, arm in arms.items():
+        last = arm.train[-1] if arm.train else {"tokens_seen": 0, "tokens_selected": 0}
+        needed = speed_up(arm.curve, arms["clm"].final) if "clm" in arms else None
+        faster = ratio(arms, name)
+        rate = median(row["tokens_per_second"] for row in arm.train) if arm.train else math.nan
+        cells = (ARMS[name] + ("" if arm.finished else " (not finished)"), f"{arm.final:.3f}", short(last["tokens_seen"]),
+                 short(last["tokens_selected"]), short(needed) if needed else "not reached",
+                 f"{faster:.2f}×" if faster else "-", f"{rate:,.0f}")  # fmt: skip
+        rows.append((name, cells))
+    return table(head, rows)
+
+
+def curve_sections(arms: dict[str, Arm], cost: Cost) -> list[Section]:
+    """The two charts of the held-out target loss."""
+    if not any(arm.curve for arm in arms.values()):
+        return [Section("Held-out target loss", "Nothing was measured: give eval.target in the config.", "")]
+    cut = frame_of(_series(arms)).cut
+    caption = "On text that no arm was trained on." + (" The first, steepest part leaves the plot at the top." if cut else "")
+    return [
+        Section("Held-out target loss by tokens seen", caption, token_chart(arms)),
+        Section("The same by compute", compute_caption(arms, cost), compute_chart(arms, cost)),
+    ]
+
+
+def token_chart(arms: dict[str, Arm]) -> str:
+    """Held-out target loss against tokens seen."""
+    return chart(_series(arms), "tokens seen", "held-out target loss (nats/token)", _level(arms))
+
+
+def compute_chart(arms: dict[str, Arm], cost: Cost) -> str:
+    """Held-out target loss against forward-token equivalents."""
+    series = [Series(SHORT[name], name, compute_curve(name, arm, cost)) for name, arm in arms.items()]
+    return chart(series, "compute (forward-token equivalents)", "held-out target loss (nats/token)", _level(arms))
+
+
+def compute_caption(arms: dict[str, Arm], cost: Cost) -> str:
+    """What is counted, and whether selection pays when it is."""
+    counted = f"Unit: one forward over one token. Training costs {TRAIN_COST} a token (a backward is two forwards). SLM's line"
+    if cost.reference is None:
+        counted += f" starts at {short(cost.forwards)}: scoring the corpus ({short(cost.scored)} tokens); the reference was"
+        counted += " not trained here and its training is not counted."
+    else:
+        counted += f" starts at {short(cost.forwards)}: training the reference, {TRAIN_COST} × {short(cost.reference)} tokens,"
+        counted += f" and scoring the corpus, {SCORE_COST} × {short(cost.scored)} tokens."
+    if "slm" not in arms or "clm" not in arms:
+        return counted
+    clm = speed_up(compute_curve("clm", arms["clm"], cost), arms["clm"].final)
+    slm = speed_up(compute_curve("slm", arms["slm"], cost), arms["clm"].final)
+    if not clm or not slm:
+        return f"{counted} There is no compute speed-up to state."
+    verdict = f" Counted so, SLM came to CLM's final loss with {times(clm / slm, 'more compute', 'less compute')}"
+    verdict += "." if clm >= slm else ": in this one run selection does not pay for its own reference and scores."
+    return f"{counted}{verdict} Both are paid once, however many runs train on the scores."
+
+
+def selection_chart(arms: dict[str, Arm]) -> str:
+    """Loss of kept and dropped tokens over training; empty if no arm selects."""
+    series = []
+    for name in ("slm", "random"):
+        for field in ("kept", "dropped"):
+            points = smooth(arms[name].train if name in arms else [], f"loss_{field}")
+            if points:
+                series.append(Series(f"{SHORT[name]} {field}", name, points, dashed=field == "dropped"))
+    return chart(series, "training tokens seen", "training loss (nats/token)") if series else ""
+
+
+def smooth(rows: list[dict[str, Any]], field: str) -> list[Point]:
+    """Means over neighbouring steps, at most `BINS` points; rows without the field are left out."""
+    points = [(float(row["tokens_seen"]), float(row[field])) for row in rows if row.get(field) is not None]
+    size = -(-len(points) // BINS) or 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
+
+
+def documents_section(windows: list[tuple[str, list[Token]]], keep: float) -> Section:
+    """Windows of the corpus, coloured."""
+    title = "What SLM keeps"
+    if not windows:
+        return Section(title, "Needs the finished SLM model and its scores.", "")
+    lowest = min((token.excess for _, tokens in windows for token in tokens if token.kept), default=math.nan)
+    caption = (f"Windows from the first score shards. Underlined: the top {keep:.0%} of these tokens by excess loss, the final"
+               f" SLM model's loss minus the stored reference loss; the lowest kept excess is {lowest:+.2f} nats. Point at a token for"
+               " its figures.")  # fmt: skip
+    return Section(title, caption, key() + "".join(document(name, tokens) for name, tokens in windows))
+
+
+def text_picture(windows: list[tuple[str, list[Token]]], keep: float) -> str:
+    """The window whose share of kept tokens is nearest to `keep`, as a figure."""
+    name, tokens = min(windows, key=lambda item: abs(fmean(token.kept for token in item[1]) - keep))
+    return coloured_text(name[:100], [(token.text, token.excess, token.kept) for token in tokens])
+
+
+def origin(config: Config, cost: Cost) -> list[tuple[str, str]]:
+    """Names and settings that the page was made from."""
+    layout = Layout(config.score.output)
+    scores = digest(read_dataset(layout)) if layout.dataset.exists() else "no score dataset"
+    reference = "trained elsewhere" if cost.reference is None else f"{cost.reference:,} training tokens"
+    return [
+        ("experiment", config.name),
+        ("base", config.base),
+        ("reference", f"{config.score.model} ({reference})"),
+        ("scores", f"{config.score.output}, fingerprint {scores}, {cost.scored:,} tokens"),
+        ("selection", f"top {config.train.keep:.0%} by {config.train.scope}, seed {config.train.seed}"),
+    ]
+
+
+def _series(arms: dict[str, Arm]) -> list[Series]:
+    return [Series(SHORT[name], name, arm.curve) for name, arm in arms.items()]
+
+
+def _level(arms: dict[str, Arm]) -> tuple[str, float] | None:
+    return ("CLM's final loss", arms["clm"].final) if "clm" in arms and arms["clm"].curve else None

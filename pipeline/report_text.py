@@ -1,0 +1,59 @@
+"""The report's text: a few windows of the corpus, judged by the trained model beside the stored reference losses."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.inspect import spell
+from pipeline.report_page import Token
+from pipeline.runs import load_tokenizer
+from schemas.config import Config
+from schemas.loss import has_linear_head, model_losses
+from schemas.packing import best_fit, collate
+from schemas.receipt import Layout, read_receipts
+from schemas.shard import Window, check_windows, open_shard
+from trainer.select import select_top
+
+SHOWN_WINDOWS, SHOWN_TOKENS, FEWEST_TOKENS = 8, 384, 24
+
+
+def chosen_windows(scores: Path) -> list[Window]:
+    """The first windows of the first shards, the same at every call, cut to what a page can show."""
+    layout = Layout(scores)
+    by_shard: list[list[Window]] = []
+    for unit in list(read_receipts(layout))[:SHOWN_WINDOWS]:
+        path = layout.shard(unit)
+        file = open_shard(path)
+        rows = check_windows(path, file.read_row_group(0)) if file.metadata.num_row_groups else []
+        by_shard.append([row for row in rows if len(row.tokens) >= FEWEST_TOKENS and row.index == 0][:SHOWN_WINDOWS])
+    turns = [rows[turn] for turn in range(SHOWN_WINDOWS) for rows in by_shard if turn < len(rows)]
+    return [
+        Window(row.doc_id, row.index, row.tokens[:SHOWN_TOKENS], row.ref_loss[:SHOWN_TOKENS])  # type: ignore[index]
+        for row in turns[:SHOWN_WINDOWS]
+    ]
+
+
+@torch.no_grad()
+def judge(config: Config) -> list[tuple[str, list[Token]]]:
+    """Some windows with the final SLM model's losses beside the stored ones, kept tokens marked among all of them."""
+    folder, windows = config.train.output / "slm" / "final", chosen_windows(config.score.output)
+    if not windows:
+        return []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, config.train.dtype) if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
+    tokenizer, lengths = load_tokenizer(folder, "slm"), [len(window.tokens) for window in windows]
+    rows = collate([window.tokens for window in windows], best_fit(lengths, max(lengths)), max(lengths))
+    grids = (torch.from_numpy(grid).to(device) for grid in (rows.ids, rows.positions, rows.targets))
+    live = rows.gather(model_losses(model, *grids, has_linear_head(model))[0].cpu().numpy(), lengths)
+    reference = [window.ref_loss.astype(np.float32) for window in windows]  # type: ignore[union-attr]
+    excess = torch.from_numpy(np.concatenate(live) - np.concatenate(reference))
+    kept = np.split(select_top(excess, config.train.keep).numpy(), np.cumsum(lengths)[:-1])
+    judged = []
+    for window, *columns in zip(windows, live, reference, kept, strict=True):
+        words = [word.replace("\n", "↵\n") for word in spell(tokenizer, window.tokens.tolist())]
+        values = (column.tolist() for column in columns)
+        judged.append((window.doc_id, [Token(*token) for token in zip(words, *values, strict=True)]))
+    return judged

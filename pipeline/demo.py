@@ -35,9 +35,9 @@ def make_base(config: Config, data: Path) -> Path:
         LlamaForCausalLM(model_shape(config.context.window)).save_pretrained(start)
     settings = Train(
         output=final.parent,
-        epochs=1,
-        tokens_per_step=4096,
-        micro_rows=16,
+        epochs=0.8,
+        tokens_per_step=2048,
+        micro_rows=8,
         learning_rate=3e-3,
         dtype="bfloat16",
         checkpoint_every=10_000,

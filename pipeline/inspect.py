@@ -21,6 +21,7 @@ from schemas.shard import Window, open_shard, read_windows, shard_metadata
 # Green over yellow to red, one for each bin of HISTOGRAM_EDGES_NATS; black text is readable on all of them.
 COLOURS = ("#5fbf77", "#7fc97a", "#a3d37c", "#c8dc7e", "#e8e07f", "#f2c772", "#f2a765", "#ee8560", "#e8635c")
 BAR_WIDTH = 40
+SHOWN_TOKENS = 1024
 HASH_LENGTH = 24
 PARTIAL = "▪"
 
@@ -41,7 +42,8 @@ class Summary:
 
 
 def inspect(path: Path, tokenizer: Any = None, documents: int = 3, console: Console | None = None) -> None:
-    """Print what a score dataset folder or a lone score shard holds, then `documents` coloured documents.
+    """Print what a score dataset folder or a lone score shard holds, then `documents` coloured documents,
+    each as far as its first 1,024 tokens.
 
     Without a `tokenizer` tokens are shown as ids. Raises UserError if `path` is neither a dataset nor a shard.
     """
@@ -96,8 +98,9 @@ def _of_dataset(layout: Layout) -> tuple[Summary, list[Path]]:
 
     counts = [receipt.loss_histogram for receipt in receipts.values()] or [[0] * len(HISTOGRAM_EDGES_NATS)]
     names = ("documents", "windows", "tokens", "quarantined", "bytes", "loss_sum", "loss_count")
-    sums = [total(name) for name in names]
-    return Summary(len(receipts), *sums, np.sum(counts, axis=0).tolist()), [layout.shard(unit) for unit in receipts]
+    named = dict(zip(names, (total(name) for name in names), strict=True))
+    summary = Summary(len(receipts), **named, histogram=np.sum(counts, axis=0).tolist())
+    return summary, [layout.shard(unit) for unit in receipts]
 
 
 def _of_shard(path: Path) -> Summary:
@@ -179,11 +182,14 @@ def _labels() -> list[str]:
 
 def _coloured(doc_id: str, windows: list[Window], tokenizer: Any) -> Text:
     text = Text.assemble("\n", (printable(doc_id), "bold"), f" ({len(windows)} windows)\n")
+    left = SHOWN_TOKENS
     for window in windows:
-        ids = window.tokens.tolist()
+        ids = window.tokens[:left].tolist()
+        left -= len(ids)
         words = spell(tokenizer, ids) if tokenizer else [f"{token} " for token in ids]
-        losses = np.full(len(ids), np.nan) if window.ref_loss is None else window.ref_loss
+        losses = np.full(len(ids), np.nan) if window.ref_loss is None else window.ref_loss[: len(ids)]
         for word, loss in zip(words, losses, strict=True):
             bin_ = int(np.searchsorted(HISTOGRAM_EDGES_NATS, max(float(loss), 0.0), side="right")) - 1
             text.append(word, style="dim" if np.isnan(loss) else f"black on {COLOURS[bin_]}")
-    return text
+    hidden = sum(len(window.tokens) for window in windows) - SHOWN_TOKENS
+    return text.append(f"\n… {hidden:,} more tokens", style="dim") if hidden > 0 else text

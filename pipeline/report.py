@@ -129,8 +129,9 @@ def compute_curve(name: str, arm: Arm, cost: Cost) -> list[Point]:
 
 def ratio(arms: dict[str, Arm], name: str) -> float | None:
     """Tokens that CLM needs to its own final loss over those that the arm needs to it."""
-    needed = {key: speed_up(arms[key].curve, arms["clm"].final) for key in ("clm", name) if key in arms and "clm" in arms}
-    clm, other = needed.get("clm"), needed.get(name)
+    if not {"clm", name} <= arms.keys():
+        return None
+    clm, other = (speed_up(arms[key].curve, arms["clm"].final) for key in ("clm", name))
     return clm / other if clm and other else None
 
 
@@ -165,23 +166,25 @@ def times(factor: float, more: str = "more", fewer: str = "fewer") -> str:
 def arms_caption(arms: dict[str, Arm]) -> str:
     """How to read the table."""
     seen = {arm.train[-1]["tokens_seen"] for arm in arms.values() if arm.train}
-    equal = "All arms saw about as many tokens" if seen and min(seen) > 0.98 * max(seen) else "The arms saw unequal tokens"
-    return (f"{equal}; final losses compare them with the learning rate fully decayed. The speed-up is in tokens to CLM's"
-            " final loss: an arm that gets there early does so before its learning rate has decayed.")  # fmt: skip
+    equal = seen and min(seen) > 0.98 * max(seen)
+    begin = "All arms saw about as many tokens" if equal else "The arms saw unequal numbers of tokens"
+    return (f"{begin}; final losses compare them with the learning rate fully decayed. The speed-up is in tokens to"
+            " CLM's final loss: an arm that gets there early does so before its learning rate has decayed.")  # fmt: skip
 
 
 def arms_table(arms: dict[str, Arm]) -> str:
     """One row an arm."""
-    head = ("arm", "final target loss", "tokens seen", "tokens selected", "tokens to CLM's final", "speed-up", "tokens/s")
+    counts = ("tokens seen", "tokens selected", "tokens to CLM's final")
+    head = ("arm", "final target loss", *counts, "speed-up", "tokens/s")
     rows = []
     for name, arm in arms.items():
         last = arm.train[-1] if arm.train else {"tokens_seen": 0, "tokens_selected": 0}
         needed = speed_up(arm.curve, arms["clm"].final) if "clm" in arms else None
         faster = ratio(arms, name)
         rate = median(row["tokens_per_second"] for row in arm.train) if arm.train else math.nan
-        cells = (ARMS[name] + ("" if arm.finished else " (not finished)"), f"{arm.final:.3f}", short(last["tokens_seen"]),
-                 short(last["tokens_selected"]), short(needed) if needed else "not reached",
-                 f"{faster:.2f}×" if faster else "-", f"{rate:,.0f}")  # fmt: skip
+        label = ARMS[name] + ("" if arm.finished else " (not finished)")
+        cells = (label, f"{arm.final:.3f}", short(last["tokens_seen"]), short(last["tokens_selected"]),
+                 short(needed) if needed else "not reached", f"{faster:.2f}×" if faster else "-", f"{rate:,.0f}")  # fmt: skip
         rows.append((name, cells))
     return table(head, rows)
 
@@ -191,7 +194,8 @@ def curve_sections(arms: dict[str, Arm], cost: Cost) -> list[Section]:
     if not any(arm.curve for arm in arms.values()):
         return [Section("Held-out target loss", "Nothing was measured: give eval.target in the config.", "")]
     cut = frame_of(_series(arms)).cut
-    caption = "On text that no arm was trained on." + (" The first, steepest part leaves the plot at the top." if cut else "")
+    caption = "On text that no arm was trained on."
+    caption += " The first, steepest part leaves the plot at the top." if cut else ""
     return [
         Section("Held-out target loss by tokens seen", caption, token_chart(arms)),
         Section("The same by compute", compute_caption(arms, cost), compute_chart(arms, cost)),
@@ -211,13 +215,13 @@ def compute_chart(arms: dict[str, Arm], cost: Cost) -> str:
 
 def compute_caption(arms: dict[str, Arm], cost: Cost) -> str:
     """What is counted, and whether selection pays when it is."""
-    counted = f"Unit: one forward over one token. Training costs {TRAIN_COST} a token (a backward is two forwards). SLM's line"
+    counted = (f"Unit: one forward over one token. Training costs {TRAIN_COST} a token (a backward is two forwards). SLM's"
+               f" line starts at {short(cost.forwards)}: ")  # fmt: skip
+    scoring = f"scoring the corpus, {SCORE_COST} × {short(cost.scored)} tokens"
     if cost.reference is None:
-        counted += f" starts at {short(cost.forwards)}: scoring the corpus ({short(cost.scored)} tokens); the reference was"
-        counted += " not trained here and its training is not counted."
+        counted += f"{scoring}; the reference was not trained here, so its training is not counted."
     else:
-        counted += f" starts at {short(cost.forwards)}: training the reference, {TRAIN_COST} × {short(cost.reference)} tokens,"
-        counted += f" and scoring the corpus, {SCORE_COST} × {short(cost.scored)} tokens."
+        counted += f"training the reference, {TRAIN_COST} × {short(cost.reference)} tokens, and {scoring}."
     if "slm" not in arms or "clm" not in arms:
         return counted
     clm = speed_up(compute_curve("clm", arms["clm"], cost), arms["clm"].final)
@@ -254,9 +258,9 @@ def documents_section(windows: list[tuple[str, list[Token]]], keep: float) -> Se
     if not windows:
         return Section(title, "Needs the finished SLM model and its scores.", "")
     lowest = min((token.excess for _, tokens in windows for token in tokens if token.kept), default=math.nan)
-    caption = (f"Windows from the first score shards. Underlined: the top {keep:.0%} of these tokens by excess loss, the final"
-               f" SLM model's loss minus the stored reference loss; the lowest kept excess is {lowest:+.2f} nats. Point at a token for"
-               " its figures.")  # fmt: skip
+    caption = (f"Windows from the middle of the first documents. Underlined: the top {keep:.0%} of these tokens by excess"
+               " loss, the final SLM model's loss minus the stored reference loss; the lowest kept excess is"
+               f" {lowest:+.2f} nats. Point at a token for its figures.")  # fmt: skip
     return Section(title, caption, key() + "".join(document(name, tokens) for name, tokens in windows))
 
 

@@ -8,8 +8,8 @@ from html import escape
 
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 800, 390
-LEFT, RIGHT, TOP, BOTTOM = 58, 176, 16, 46
+WIDTH, HEIGHT = 810, 390
+LEFT, RIGHT, TOP, BOTTOM = 58, 190, 16, 46
 LABEL_GAP = 16
 EARLY = 0.05  # a curve's first twentieth may leave the plot at the top, or the end would be a flat line
 CHARACTER, LINE, COLUMNS, LINES, LEGEND_LINES = 8.0, 22, 92, 14, 2  # monospaced text at 13 px

@@ -1,6 +1,8 @@
 """The report's text: a few windows of the corpus, judged by the trained model beside the stored reference losses."""
 
+from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +22,19 @@ SHOWN_WINDOWS, SHOWN_TOKENS, FEWEST_TOKENS = 8, 384, 24
 
 
 def chosen_windows(scores: Path) -> list[Window]:
-    """The first windows of the first shards, the same at every call, cut to what a page can show."""
+    """The middle windows of the first documents of the first shards: the same at every call, cut to what a page shows.
+
+    Middles, because a web page begins and ends with its menus.
+    """
     layout = Layout(scores)
     by_shard: list[list[Window]] = []
     for unit in list(read_receipts(layout))[:SHOWN_WINDOWS]:
         path = layout.shard(unit)
         file = open_shard(path)
         rows = check_windows(path, file.read_row_group(0)) if file.metadata.num_row_groups else []
-        by_shard.append([row for row in rows if len(row.tokens) >= FEWEST_TOKENS and row.index == 0][:SHOWN_WINDOWS])
+        documents = (list(group) for _, group in groupby(rows, key=lambda row: row.doc_id))
+        middles = (windows[len(windows) // 2] for windows in documents)
+        by_shard.append(list(islice((row for row in middles if len(row.tokens) >= FEWEST_TOKENS), SHOWN_WINDOWS)))
     turns = [rows[turn] for turn in range(SHOWN_WINDOWS) for rows in by_shard if turn < len(rows)]
     return [
         Window(row.doc_id, row.index, row.tokens[:SHOWN_TOKENS], row.ref_loss[:SHOWN_TOKENS])  # type: ignore[index]
@@ -43,7 +50,8 @@ def judge(config: Config) -> list[tuple[str, list[Token]]]:
         return []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.train.dtype) if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model = loaded.to(device).eval()
     tokenizer, lengths = load_tokenizer(folder, "slm"), [len(window.tokens) for window in windows]
     rows = collate([window.tokens for window in windows], best_fit(lengths, max(lengths)), max(lengths))
     grids = (torch.from_numpy(grid).to(device) for grid in (rows.ids, rows.positions, rows.targets))
@@ -55,5 +63,7 @@ def judge(config: Config) -> list[tuple[str, list[Token]]]:
     for window, *columns in zip(windows, live, reference, kept, strict=True):
         words = [word.replace("\n", "↵\n") for word in spell(tokenizer, window.tokens.tolist())]
         values = (column.tolist() for column in columns)
-        judged.append((window.doc_id, [Token(*token) for token in zip(words, *values, strict=True)]))
+        judged.append(
+            (f"{window.doc_id}, window {window.index}", [Token(*token) for token in zip(words, *values, strict=True)])
+        )
     return judged

@@ -1,6 +1,7 @@
 """`tokensift eval` as the user sees it: one row a model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -38,7 +39,8 @@ def evaluate_models(config: Config, models: list[str]) -> list[dict]:
 def evaluate_model(config: Config, folder: Path) -> dict[str, float]:
     """Every held-out figure of one checkpoint, in float32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model = loaded.to(device).eval()
     tokenizer = load_tokenizer(folder, "model")
     figures: dict[str, float] = {}
     if config.eval.target:

@@ -104,7 +104,7 @@ def _well_formed(window: Window) -> bool:
 
 
 def _count_differences(windows: list[Window], receipt: Receipt) -> list[str]:
-    losses = np.concatenate([np.empty(0, np.float64), *[window.ref_loss[1:] for window in windows]])  # type: ignore[index]
+    losses = np.concatenate([np.empty(0), *[window.ref_loss[1:] for window in windows]])  # type: ignore[index]
     found = {
         "windows": len(windows),
         "tokens": sum(len(window.tokens) for window in windows),

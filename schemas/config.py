@@ -21,20 +21,22 @@ class Section(BaseModel):
 class Context(Section):
     """The context policy: which tokens a loss is conditioned on, the same in both stages."""
 
-    window: int = Field(2048, ge=2, description="most tokens the model attends over")
-    bos: bool = Field(True, description="the first window of a document begins with the tokenizer's BOS")
-    eos: bool = Field(True, description="the last window of a document ends with the tokenizer's EOS")
+    window: int = Field(default=2048, ge=2, description="most tokens the model attends over")
+    bos: bool = Field(default=True, description="the first window of a document begins with the tokenizer's BOS")
+    eos: bool = Field(default=True, description="the last window of a document ends with the tokenizer's EOS")
 
 
 class Corpus(Section):
     """Where documents come from: files (local paths, globs, fsspec URLs) or a Hugging Face dataset by name."""
 
-    paths: list[str] = Field([], description=".parquet, .jsonl.zst, .jsonl.gz or .jsonl; globs and URLs allowed")
-    dataset: str | None = Field(None, description="Hugging Face dataset name or local dataset folder")
+    paths: list[str] = Field(
+        default=[], description=".parquet, .jsonl.zst, .jsonl.gz or .jsonl; globs and URLs allowed"
+    )
+    dataset: str | None = Field(default=None, description="Hugging Face dataset name or local dataset folder")
     split: str = "train"
-    text: str = Field("text", description="column that holds the document's text")
-    id: str | None = Field("url", description="column that names the document; null: <shard>#<row>")
-    max_chars: int = Field(5_000_000, ge=1, description="a longer document goes to quarantine")
+    text: str = Field(default="text", description="column that holds the document's text")
+    id: str | None = Field(default="url", description="column that names the document; null: <shard>#<row>")
+    max_chars: int = Field(default=5_000_000, ge=1, description="a longer document goes to quarantine")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Corpus":
@@ -49,14 +51,18 @@ class Score(Section):
     model: str = Field(description="the reference model: Hugging Face name or local folder")
     output: Path
     dtype: Dtype = "bfloat16"
-    batch_tokens: int = Field(16_384, ge=1, description="tokens of one forward pass of one worker")
-    unit_bytes: int = Field(64_000_000, ge=1, description="input bytes of one unit, the least work a crash can cost")
-    workers: int = Field(1, ge=1)
-    cpus_per_worker: int = Field(1, ge=1, description="also the worker's thread count: it is part of the arithmetic")
-    gpus_per_worker: float = Field(0, ge=0)
-    address: str | None = Field(None, description="null: a local Ray; auto: the cluster this node belongs to")
-    entropy: bool = Field(False, description="also store ref_entropy")
-    attempts: int = Field(3, ge=1, description="deaths of a worker after which a unit is given up")
+    batch_tokens: int = Field(default=16_384, ge=1, description="tokens of one forward pass of one worker")
+    unit_bytes: int = Field(
+        default=64_000_000, ge=1, description="input bytes of one unit, the least work a crash can cost"
+    )
+    workers: int = Field(default=1, ge=1)
+    cpus_per_worker: int = Field(
+        default=1, ge=1, description="also the worker's thread count: it is part of the arithmetic"
+    )
+    gpus_per_worker: float = Field(default=0, ge=0)
+    address: str | None = Field(default=None, description="null: a local Ray; auto: the cluster this node belongs to")
+    entropy: bool = Field(default=False, description="also store ref_entropy")
+    attempts: int = Field(default=3, ge=1, description="deaths of a worker after which a unit is given up")
 
 
 class Train(Section):
@@ -64,27 +70,27 @@ class Train(Section):
 
     output: Path
     objective: Objective = "clm"
-    keep: float = Field(0.6, gt=0, le=1, description="share of valid tokens that `slm` and `random` train on")
+    keep: float = Field(default=0.6, gt=0, le=1, description="share of valid tokens that `slm` and `random` train on")
     scope: Literal["micro", "sequence"] = "micro"
     seed: int = 0
-    epochs: float | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0, description="length of the run in row tokens (padding counted)")
-    tokens_per_step: int = Field(1_048_576, ge=1)
-    row_tokens: int | None = Field(None, description="tokens of one packed row; null: context.window")
-    micro_rows: int = Field(8, ge=1, description="rows of one forward and backward on one rank")
-    shuffle_groups: int = Field(16, ge=1, description="row groups shuffled together, held in memory")
-    learning_rate: float = Field(8e-5, gt=0)
-    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1)
+    epochs: float | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0, description="length of the run in row tokens (padding counted)")
+    tokens_per_step: int = Field(default=1_048_576, ge=1)
+    row_tokens: int | None = Field(default=None, description="tokens of one packed row; null: context.window")
+    micro_rows: int = Field(default=8, ge=1, description="rows of one forward and backward on one rank")
+    shuffle_groups: int = Field(default=16, ge=1, description="row groups shuffled together, held in memory")
+    learning_rate: float = Field(default=8e-5, gt=0)
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: float = Field(0.02, ge=0, lt=1, description="share of the run")
-    decay: float = Field(0.2, gt=0, le=1, description="share of the run that `wsd` decays over")
+    warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the run")
+    decay: float = Field(default=0.2, gt=0, le=1, description="share of the run that `wsd` decays over")
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     dtype: Dtype = "bfloat16"
-    checkpoint_every: int = Field(500, ge=1, description="steps")
-    keep_checkpoints: int = Field(2, ge=1)
-    evaluate_every: int = Field(0, ge=0, description="steps; 0: only at the start and the end")
+    checkpoint_every: int = Field(default=500, ge=1, description="steps")
+    keep_checkpoints: int = Field(default=2, ge=1)
+    evaluate_every: int = Field(default=0, ge=0, description="steps; 0: only at the start and the end")
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
@@ -106,7 +112,7 @@ class Evaluation(Section):
     target: Path | None = None
     problems: Path | None = None
     batch_tokens: int = 16_384
-    new_tokens: int = Field(200, ge=1, description="longest answer generated to a problem")
+    new_tokens: int = Field(default=200, ge=1, description="longest answer generated to a problem")
 
 
 class Config(Section):

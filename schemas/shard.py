@@ -64,7 +64,7 @@ def write_shard(path: Path, windows: Sequence[Window], schema: pa.Schema, metada
         path,
         row_group_size=ROW_GROUP_WINDOWS,
         compression="zstd",
-        use_dictionary=["doc_id"],
+        use_dictionary=["doc_id"],  # type: ignore[arg-type]
         column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
         write_page_checksum=True,
         store_schema=True,

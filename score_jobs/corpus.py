@@ -86,6 +86,10 @@ def version_of(url: str) -> str:
     return "|".join(str(mark) for mark in marks if mark is not None)
 
 
+def _open(url: str) -> Any:
+    return fsspec.open(url, "rb")
+
+
 def survey(url: str) -> tuple[str, int, int]:
     """Read a shard once: (xxh3-128 of its bytes, its bytes, its documents).
 
@@ -93,16 +97,16 @@ def survey(url: str) -> tuple[str, int, int]:
     """
     digest, size = xxhash.xxh3_128(), 0
     try:
-        with fsspec.open(url, "rb") as handle:
+        with _open(url) as handle:
             while block := handle.read(1 << 22):
                 digest.update(block)
                 size += len(block)
         if not size and not url.endswith(".jsonl"):
             raise EOFError("the file is empty")
         if url.endswith(".parquet"):
-            with fsspec.open(url, "rb") as handle:
+            with _open(url) as handle:
                 return digest.hexdigest(), size, pq.ParquetFile(handle).metadata.num_rows
-        with fsspec.open(url, "rb") as handle:
+        with _open(url) as handle:
             return digest.hexdigest(), size, sum(1 for _ in _lines(handle, url))
     except READ_ERRORS as error:
         raise ShardError(f"{url}: truncated or corrupt ({_first_line(error)}); fetch it again") from error
@@ -114,7 +118,7 @@ def read_documents(url: str, first: int, end: int, corpus: Corpus) -> Iterator[D
     Raises ShardError if the shard cannot be read that far, UserError if it lacks a column.
     """
     try:
-        with fsspec.open(url, "rb") as handle:
+        with _open(url) as handle:
             rows = (
                 _parquet_rows(handle, url, first, end, corpus) if url.endswith(".parquet") else _json_rows(handle, url)
             )

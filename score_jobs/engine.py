@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ class Engine:
         """Load the model. `batch_tokens` is rounded down to whole rows of `window` tokens, at least one."""
         try:
             # Attention is SDPA where the family has it; asking for it by name would refuse Gemma 2.
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), use_safetensors=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), use_safetensors=True)
         except (OSError, ValueError) as error:
             raise UserError(f"score.model: {model} cannot be loaded: {str(error).splitlines()[0]}") from error
         limit = getattr(loaded.config, "max_position_embeddings", window)

@@ -5,6 +5,7 @@ most the units it had in flight, and nothing is spilled or reconstructed.
 """
 
 import fcntl
+import logging
 import os
 import time
 from collections import Counter, deque
@@ -211,7 +212,7 @@ class _Pool:
         if canaries is None:
             return
         actor = self._actor()
-        drift = ray.get(actor.canary_drift.remote(canaries))
+        drift: Any = ray.get(actor.canary_drift.remote(canaries))
         ray.kill(actor)
         tolerance = CANARY_TOLERANCE_NATS[self.job.score.dtype]
         if drift > tolerance:
@@ -253,7 +254,7 @@ def _start_ray(job: Job) -> bool:
         size["num_gpus"] = 0
     start = time.monotonic()
     try:
-        ray.init(address="local" if local else score.address, log_to_driver=False, logging_level="ERROR", **size)
+        ray.init(address="local" if local else score.address, log_to_driver=False, logging_level=logging.ERROR, **size)
     except (ConnectionError, RuntimeError) as error:
         waited = time.monotonic() - start
         raise UserError(f"score.address: `{score.address}`: no Ray cluster after {waited:.0f} s: {error}") from error

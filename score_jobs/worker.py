@@ -67,7 +67,9 @@ class Worker:
         digest = self._publish_shard(unit, windows)
         quarantine = self._publish_quarantine(unit, rejected)
         seconds = {"read": read - start, "score": scored - read, "write": time.perf_counter() - scored}
-        losses = np.concatenate([np.empty(0, np.float16), *[window.ref_loss[1:] for window in windows]])
+        losses = np.concatenate(
+            [np.empty(0, np.float16), *[window.ref_loss[1:] for window in windows if window.ref_loss is not None]]
+        )
         losses = losses.astype(np.float64)
         receipt = Receipt(
             unit=unit.name,
@@ -90,6 +92,7 @@ class Worker:
             canary=[
                 Canary(window.tokens[:CANARY_TOKENS].tolist(), window.ref_loss[1:CANARY_TOKENS].tolist())
                 for window in windows[:CANARIES]
+                if window.ref_loss is not None
             ],
         )
         write_receipt(self.layout, receipt)

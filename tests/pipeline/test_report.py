@@ -188,7 +188,14 @@ def test_the_page_loads_nothing_and_escapes_documents(experiment: Config) -> Non
 def test_the_page_is_complete_and_the_same_twice(experiment: Config) -> None:
     first = build_report(experiment).read_text()
     assert build_report(experiment).read_text() == first
-    for part in ("SLM reached", "CLM, every token", "forward-token equivalents", "SLM dropped", "random kept", "kept</span>"):
+    for part in (
+        "SLM reached",
+        "CLM, every token",
+        "forward-token equivalents",
+        "SLM dropped",
+        "random kept",
+        "kept</span>",
+    ):
         assert part in first
     assert first.count('class="text"') == 8
 
@@ -226,7 +233,8 @@ def test_a_browser_shows_the_page(experiment: Config, tmp_path: Path) -> None:
         pytest.skip("no Chromium")
     page = build_report(experiment)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-             "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+             "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+             f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
 
     def run(*more: str) -> str:
         command = [chromium, *flags, *more, page.as_uri()]

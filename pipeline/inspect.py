@@ -28,7 +28,7 @@ PARTIAL = "▪"
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Counts of a dataset or shard; bytes are those of the shards, losses are in nats."""
+    """Counts of a dataset or shard; bytes are those of the shards, losses are in nats, None is unknown."""
 
     units: int
     documents: int
@@ -152,13 +152,14 @@ def _tree(title: str, values: dict[str, Any], tree: Tree | None = None) -> Tree:
 
 
 def _counts(summary: Summary) -> Table:
-    table = Table("units", "documents", "windows", "tokens", "quarantined", "bytes", "bytes/token", "mean loss (nats)")
-    whole = (summary.units, summary.documents, summary.windows, summary.tokens, summary.quarantined, summary.bytes)
-    table.add_row(
-        *("-" if value is None else f"{value:,}" for value in whole),
-        f"{summary.bytes / summary.tokens:.2f}" if summary.tokens else "-",
-        f"{summary.loss_sum / summary.loss_count:.3f}" if summary.loss_count else "-",
-    )
+    table = Table(box=None, show_header=False)
+    for name in ("units", "documents", "windows", "tokens", "quarantined", "bytes"):
+        value = getattr(summary, name)
+        table.add_row(name, "-" if value is None else f"{value:,}")
+    if summary.tokens:
+        table.add_row("bytes/token", f"{summary.bytes / summary.tokens:.2f}")
+    if summary.loss_count:
+        table.add_row("mean reference loss", f"{summary.loss_sum / summary.loss_count:.3f} nats")
     return table
 
 

@@ -168,8 +168,10 @@ def arms_caption(arms: dict[str, Arm]) -> str:
     seen = {arm.train[-1]["tokens_seen"] for arm in arms.values() if arm.train}
     equal = seen and min(seen) > 0.98 * max(seen)
     begin = "All arms saw about as many tokens" if equal else "The arms saw unequal numbers of tokens"
-    return (f"{begin}; final losses compare them with the learning rate fully decayed. The speed-up is in tokens to"
-            " CLM's final loss: an arm that gets there early does so before its learning rate has decayed.")  # fmt: skip
+    return (
+        f"{begin}; final losses compare them with the learning rate fully decayed. The speed-up is in tokens to"
+        " CLM's final loss: an arm that gets there early does so before its learning rate has decayed."
+    )
 
 
 def arms_table(arms: dict[str, Arm]) -> str:
@@ -183,8 +185,8 @@ def arms_table(arms: dict[str, Arm]) -> str:
         faster = ratio(arms, name)
         rate = median(row["tokens_per_second"] for row in arm.train) if arm.train else math.nan
         label = ARMS[name] + ("" if arm.finished else " (not finished)")
-        cells = (label, f"{arm.final:.3f}", short(last["tokens_seen"]), short(last["tokens_selected"]),
-                 short(needed) if needed else "not reached", f"{faster:.2f}×" if faster else "-", f"{rate:,.0f}")  # fmt: skip
+        sums = (short(last["tokens_seen"]), short(last["tokens_selected"]), short(needed) if needed else "not reached")
+        cells = (label, f"{arm.final:.3f}", *sums, f"{faster:.2f}×" if faster else "-", f"{rate:,.0f}")
         rows.append((name, cells))
     return table(head, rows)
 
@@ -215,8 +217,10 @@ def compute_chart(arms: dict[str, Arm], cost: Cost) -> str:
 
 def compute_caption(arms: dict[str, Arm], cost: Cost) -> str:
     """What is counted, and whether selection pays when it is."""
-    counted = (f"Unit: one forward over one token. Training costs {TRAIN_COST} a token (a backward is two forwards). SLM's"
-               f" line starts at {short(cost.forwards)}: ")  # fmt: skip
+    counted = (
+        f"Unit: one forward over one token. Training costs {TRAIN_COST} a token (a backward is two forwards)."
+        f" SLM's line starts at {short(cost.forwards)}: "
+    )
     scoring = f"scoring the corpus, {SCORE_COST} × {short(cost.scored)} tokens"
     if cost.reference is None:
         counted += f"{scoring}; the reference was not trained here, so its training is not counted."
@@ -258,9 +262,11 @@ def documents_section(windows: list[tuple[str, list[Token]]], keep: float) -> Se
     if not windows:
         return Section(title, "Needs the finished SLM model and its scores.", "")
     lowest = min((token.excess for _, tokens in windows for token in tokens if token.kept), default=math.nan)
-    caption = (f"Windows from the middle of the first documents. Underlined: the top {keep:.0%} of these tokens by excess"
-               " loss, the final SLM model's loss minus the stored reference loss; the lowest kept excess is"
-               f" {lowest:+.2f} nats. Point at a token for its figures.")  # fmt: skip
+    caption = (
+        f"Windows from the middle of the first documents. Underlined: the top {keep:.0%} of these tokens by"
+        " excess loss, the final SLM model's loss minus the stored reference loss; the lowest kept excess is"
+        f" {lowest:+.2f} nats. Point at a token for its figures."
+    )
     return Section(title, caption, key() + "".join(document(name, tokens) for name, tokens in windows))
 
 

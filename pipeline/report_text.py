@@ -55,7 +55,7 @@ def judge(config: Config) -> list[tuple[str, list[Token]]]:
     tokenizer, lengths = load_tokenizer(folder, "slm"), [len(window.tokens) for window in windows]
     rows = collate([window.tokens for window in windows], best_fit(lengths, max(lengths)), max(lengths))
     grids = (torch.from_numpy(grid).to(device) for grid in (rows.ids, rows.positions, rows.targets))
-    live = rows.gather(model_losses(model, *grids, has_linear_head(model))[0].cpu().numpy(), lengths)
+    live = rows.gather(model_losses(model, *grids, has_linear_head(model))[0].cpu().numpy(), lengths)  # type: ignore[call-arg]
     reference = [window.ref_loss.astype(np.float32) for window in windows]  # type: ignore[union-attr]
     excess = torch.from_numpy(np.concatenate(live) - np.concatenate(reference))
     kept = np.split(select_top(excess, config.train.keep).numpy(), np.cumsum(lengths)[:-1])

@@ -148,7 +148,8 @@ def test_law_1_and_2_a_killed_job_resumes_to_the_bytes_of_an_uninterrupted_one(
     assert len(receipts(config)) == len([name for name in whole if name.startswith("units/")])
     now = committed(config.score.output)
     assert {unit: now[unit] for unit in before} == before
-    assert not first.survivors()
+    # Ray's own agents may outlive a killed driver by some seconds; nothing may stay for good.
+    assert not psutil.wait_procs(first.survivors(), timeout=60)[1]
 
 
 def test_law_4_a_killed_worker_costs_its_unit_in_flight_and_the_job_finishes(

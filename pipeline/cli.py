@@ -1,4 +1,4 @@
-"""The command `tokensift`. Each verb reads one config; heavy imports wait until a verb needs them."""
+"""The command `tokensift`. Each verb reads one config; heavy imports wait until the config is known to be right."""
 
 import os
 import sys
@@ -26,6 +26,7 @@ ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file th
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override a field, e.g. --set train.keep=0.7 (YAML value).")
 ]
+ScaleOption = Annotated[float, typer.Option(min=0.01, help="Share of the demo's text; 0.05 is a smoke run.")]
 DEMO = Path("configs/demo.yaml")
 ARMS = ("clm", "random", "slm")
 
@@ -44,12 +45,12 @@ def read_config(path: Path, settings: list[str] | None) -> Config:
 
 
 @app.command()
-def demo(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
+def demo(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption = 1.0) -> None:
     """The whole road on made data: base, reference, score, clm / random / slm, evaluation, report. Resumes."""
     from pipeline.progress import console
 
     started = time.monotonic()
-    data(config, set_)
+    data(config, set_, scale)
     base(config, set_)
     reference(config, set_)
     score(config, set_)
@@ -61,13 +62,14 @@ def demo(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
 
 
 @app.command()
-def data(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
+def data(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption = 1.0) -> None:
     """Build the demo's data from installed packages: noisy corpus, curated corpus, held-out text and problems."""
-    from pipeline.demo import make_data
+    from pipeline.demo_data import build
     from pipeline.progress import console
 
-    folder = data_folder(read_config(config, set_))
-    files = make_data(folder)["files"]
+    loaded = read_config(config, set_)
+    folder = data_folder(loaded)
+    files = build(folder, loaded.train.seed, scale)["files"]
     console.print(f"data: {len(files)} files, {sum(f['bytes'] for f in files.values()) / 1e6:.1f} MB in {folder}")
 
 
@@ -83,17 +85,19 @@ def base(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
 @app.command()
 def reference(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
     """Train the reference model: the base, further, on the small curated corpus."""
+    loaded = read_config(config, set_)
     from pipeline.runs import train_reference
 
-    train_reference(read_config(config, set_))
+    train_reference(loaded)
 
 
 @app.command()
 def score(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
     """Stage 1: write every corpus token's reference loss to Parquet, on Ray. Does only what is missing."""
+    loaded = read_config(config, set_)
     from pipeline.scoring import score_with_progress
 
-    raise_exit(score_with_progress(read_config(config, set_)))
+    raise_exit(score_with_progress(loaded))
 
 
 @app.command()
@@ -103,11 +107,12 @@ def train(
     objective: Annotated[str | None, typer.Option(help="clm, slm or random; default: the config's.")] = None,
 ) -> None:
     """Stage 2: train on stored scores. Resumes from the last checkpoint; under torchrun, on every GPU."""
-    from pipeline.runs import train_live
-
     if objective not in (None, *ARMS):
         raise UserError(f"--objective {objective}: must be one of {', '.join(ARMS)}")
-    train_live(read_config(config, set_), objective)  # type: ignore[arg-type]
+    loaded = read_config(config, set_)
+    from pipeline.runs import train_live
+
+    train_live(loaded, objective)  # type: ignore[arg-type]
 
 
 @app.command("eval")
@@ -117,9 +122,10 @@ def eval_(
     set_: SetOption = None,
 ) -> None:
     """Held-out target-domain loss and exact match on held-out problems, for any checkpoint."""
+    loaded = read_config(config, set_)
     from pipeline.table import evaluate_models
 
-    evaluate_models(read_config(config, set_), models or [])
+    evaluate_models(loaded, models or [])
 
 
 @app.command()
@@ -132,10 +138,14 @@ def inspect(
 ) -> None:
     """What a score dataset or shard holds: fingerprints, counts, loss histogram, coloured documents."""
     from pipeline.inspect import inspect as show
-    from pipeline.runs import load_tokenizer
-    from schemas.fingerprint import local_model
 
-    show(path, load_tokenizer(local_model(tokenizer), "--tokenizer") if tokenizer else None, documents)
+    speller = None
+    if tokenizer:
+        from pipeline.runs import load_tokenizer
+        from schemas.fingerprint import local_model
+
+        speller = load_tokenizer(local_model(tokenizer), "--tokenizer")
+    show(path, speller, documents)
 
 
 @app.command()
@@ -155,10 +165,11 @@ def verify(path: Annotated[Path, typer.Argument(help="A score dataset or one sco
 @app.command()
 def report(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
     """One self-contained HTML page: curves, speed-up, kept and dropped losses, coloured documents."""
+    loaded = read_config(config, set_)
     from pipeline.progress import console
     from pipeline.report import build_report
 
-    console.print(f"report: {build_report(read_config(config, set_))}", soft_wrap=True)
+    console.print(f"report: {build_report(loaded)}", soft_wrap=True)
 
 
 def data_folder(config: Config) -> Path:

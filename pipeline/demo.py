@@ -6,18 +6,12 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.demo_data import build
 from pipeline.runs import load_tokenizer, run_training, tokens_of
 from schemas.config import Config, Corpus, Train
 from schemas.errors import UserError
 from score_jobs.corpus import Document, read_documents, resolve, survey
 
 VOCABULARY = 2048
-
-
-def make_data(folder: Path) -> dict:
-    """Build the demo's corpus, curated corpus and held-out material in `folder`."""
-    return build(folder)
 
 
 def make_base(config: Config, data: Path) -> Path:
@@ -31,10 +25,11 @@ def make_base(config: Config, data: Path) -> Path:
     start = final.parent / "init"
     if not (start / "model.safetensors").exists():
         make_tokenizer([pages, config.corpus], start)
-        torch.manual_seed(0)
+        torch.manual_seed(config.train.seed)
         LlamaForCausalLM(model_shape(config.context.window)).save_pretrained(start)
     settings = Train(
         output=final.parent,
+        seed=config.train.seed,
         epochs=0.8,
         tokens_per_step=2048,
         micro_rows=8,

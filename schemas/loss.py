@@ -98,7 +98,12 @@ def losses_of_logits(
     logits: torch.Tensor, targets: torch.Tensor, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`token_losses` from finished logits [n, vocab], for heads that are not one matrix product."""
-    log_p = torch.log_softmax(logits.float(), dim=1)
-    losses = -log_p.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
-    losses = torch.where(targets == IGNORE, torch.nan, losses)
-    return losses, -(log_p.exp() * log_p).sum(1) if entropy else None
+    losses, entropies = [], []
+    for chunk, wanted in zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+        exact = chunk.float()
+        log_z = torch.logsumexp(exact, dim=1)
+        nats = log_z - exact.gather(1, wanted.clamp_min(0)[:, None]).squeeze(1)
+        losses.append(torch.where(wanted == IGNORE, torch.nan, nats))
+        if entropy:
+            entropies.append(log_z - (torch.exp(exact - log_z[:, None]) * exact).sum(1))
+    return torch.cat(losses), torch.cat(entropies) if entropy else None

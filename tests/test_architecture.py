@@ -1,0 +1,68 @@
+"""The layout holds: arrows point one way, heavy imports stay where they belong, every config and the README are true."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from schemas.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+ALLOWED = {
+    "schemas": set(),
+    "score_jobs": {"schemas"},
+    "trainer": {"schemas"},
+    "pipeline": {"schemas", "score_jobs", "trainer"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_arrows_point_one_way(package: str) -> None:
+    for path in (ROOT / package).glob("*.py"):
+        ours = {name.split(".")[0] for name in imports(path)} & (ALLOWED.keys() - {package})
+        assert ours <= ALLOWED[package], path.name
+
+
+def test_ray_is_imported_only_where_ray_is_driven() -> None:
+    users = {
+        f"{package}/{path.name}"
+        for package in ALLOWED
+        for path in (ROOT / package).glob("*.py")
+        if any(name.split(".")[0] == "ray" for name in imports(path))
+    }
+    assert users == {"score_jobs/job.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_and_fits_eight_gpus(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    if config.name != "demo":
+        for train in (config.train, config.reference.train if config.reference else config.train):
+            assert train.tokens_per_step // config.context.window % (8 * train.micro_rows) == 0
+
+
+def test_the_readmes_pyarrow_lines_work(scores, monkeypatch, tmp_path, capsys) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert code
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "scores").symlink_to(scores.score.output)
+    monkeypatch.chdir(tmp_path)
+    exec(code.group(1), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_readmes_layout_names_every_folder() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in (*ALLOWED, "configs", "benchmarks", "tests", "docs"):
+        assert re.search(rf"^{name}/ +\S", text, re.M), name

@@ -22,7 +22,7 @@ from pipeline.runs import load_tokenizer
 from schemas.config import Context, Corpus
 from schemas.context import encode_documents
 from score_jobs.corpus import Document, read_documents, resolve, survey
-from score_jobs.engine import Engine
+from score_jobs.engine import PackedEngine
 
 
 def main(
@@ -37,7 +37,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     windows = read(corpus or ["runs/demo/data/corpus/*"], model, documents, window)
     tokens = sum(map(len, windows))
-    engine = Engine(model, window, dtype, batch_tokens, device)
+    engine = PackedEngine(model, window, dtype, batch_tokens, device)
     engine.score(windows[:2])
     plain, plain_seconds = timed(lambda: [one_by_one(engine.model, ids, device) for ids in windows])
     packed, packed_seconds = timed(lambda: [losses for losses, _ in engine.score(windows)])

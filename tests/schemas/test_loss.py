@@ -95,12 +95,12 @@ def test_law_5_the_linear_head_and_the_finished_logits_give_the_same_losses(fami
 
 
 def test_law_5_the_engine_gives_the_plain_forwards_losses_whatever_the_batch(tiny_model: Any) -> None:
-    from score_jobs.engine import Engine
+    from score_jobs.engine import PackedEngine
 
     windows = make_windows()
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     for batch_tokens in (1, 150, 10_000):
-        engine = Engine(tiny_model, ROW, "float32", batch_tokens, "cpu", entropy=True)
+        engine = PackedEngine(tiny_model, ROW, "float32", batch_tokens, "cpu", entropy=True)
         for window, (losses, entropies) in zip(windows, engine.score(windows), strict=True):
             assert np.isnan(losses[0]) and entropies is not None and np.isnan(entropies[0])
             expected_losses, expected_entropies = plain(model, window)
@@ -110,21 +110,21 @@ def test_law_5_the_engine_gives_the_plain_forwards_losses_whatever_the_batch(tin
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_law_5_the_engine_loads_and_scores_families_of_another_build(family: str, tmp_path: Path) -> None:
-    from score_jobs.engine import Engine
+    from score_jobs.engine import PackedEngine
 
     model = build(family)
     model.save_pretrained(tmp_path)
-    engine = Engine(tmp_path, ROW, "float32", 200, "cpu")
+    engine = PackedEngine(tmp_path, ROW, "float32", 200, "cpu")
     for window, (losses, _) in zip(make_windows(), engine.score(make_windows()), strict=True):
         np.testing.assert_allclose(losses[1:], plain(model, window)[0], atol=TOLERANCE_NATS, rtol=0)
 
 
 def test_a_window_longer_than_the_models_positions_is_an_error_that_names_the_field(tiny_model: Any) -> None:
     from schemas.errors import UserError
-    from score_jobs.engine import Engine
+    from score_jobs.engine import PackedEngine
 
     with pytest.raises(UserError, match=r"context\.window: 513.*512"):
-        Engine(tiny_model, 513, "float32", 1024, "cpu")
+        PackedEngine(tiny_model, 513, "float32", 1024, "cpu")
 
 
 @pytest.mark.parametrize("cap", [2.0, 30.0])

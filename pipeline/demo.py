@@ -33,7 +33,7 @@ def make_base(config: Config, data: Path) -> Path:
         epochs=0.8,
         tokens_per_step=2048,
         micro_rows=8,
-        learning_rate=3e-3,
+        learning_rate=5e-3,
         dtype="bfloat16",
         checkpoint_every=10_000,
     )

@@ -32,12 +32,12 @@ COLUMNS = ("url", "text", "date", "metadata")
 SHARDS = 2
 ZSTD_LEVEL = 9
 # Bytes of UTF-8 text at scale 1; tuned so that three training arms fit in minutes on two cores.
-CORPUS_MANUALS, CORPUS_GSM, CORPUS_CHAMP = 2_500_000, 500_000, 300_000
-BASE_MANUALS, CURATED_GSM, CURATED_CHAMP = 2_500_000, 800_000, 600_000
-TARGET_GSM, EXACT_MATCH = 300, 100
+CORPUS_MANUALS, CORPUS_GSM, CORPUS_CHAMP = 1_900_000, 400_000, 200_000
+BASE_MANUALS, CURATED_GSM, CURATED_CHAMP = 2_500_000, 500_000, 350_000
+TARGET_GSM, TARGET_CHAMP, EXACT_MATCH = 120, 40, 40
 HELDOUT_SHARE = 0.25
 GSM_SUFFIX = " Give the result as your final answer. Do not include units."
-RECIPE = 3  # raise when other text is made, so that old folders are rebuilt
+RECIPE = 4  # raise when other text is made, so that old folders are rebuilt
 PAGE_BYTES = (800, 2_000, 5_000, 12_000)
 
 Row = dict[str, Any]
@@ -227,14 +227,14 @@ def heldout(sources: Sources, scale: float) -> dict[str, list[Row]]:
     drawn = sources.gsm(3, sources.heldout_templates)
     target = [
         {"id": f"gsm-{i:04}", "source": "gsm_symbolic", "template": template, "prompt": prompt, "text": text}
-        for i, (template, prompt, text, _) in enumerate(islice(drawn, round(TARGET_GSM * scale)))
+        for i, (template, prompt, text, _) in enumerate(islice(drawn, max(1, round(TARGET_GSM * scale))))
     ]
-    for problem in sorted(sources.heldout_problems):
+    for problem in sorted(sources.heldout_problems)[: max(1, round(TARGET_CHAMP * scale))]:
         prompt, text = sources.champ_expert(problem)
         target.append({"id": problem, "source": "champ", "prompt": prompt, "text": text})
     problems = [
         {"id": f"exact-{i:04}", "template": template, "prompt": prompt, "answer": number}
-        for i, (template, prompt, _, number) in enumerate(islice(drawn, round(EXACT_MATCH * scale)))
+        for i, (template, prompt, _, number) in enumerate(islice(drawn, max(1, round(EXACT_MATCH * scale))))
     ]
     return {"heldout/target.jsonl": target, "heldout/problems.jsonl": problems}
 
@@ -277,7 +277,7 @@ def versions() -> dict[str, dict[str, str]]:
 def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict:
     """Make the demo's data in `folder` unless it is there and intact; returns the manifest (bytes per file).
 
-    `scale` multiplies the amount of text; 1 is about 4 MB of corpus. Raises UserError on a foreign folder.
+    `scale` multiplies the amount of text; 1 is about 2.5 MB of corpus. Raises UserError on a foreign folder.
     """
     if manifest := intact(folder, seed, scale):
         return manifest

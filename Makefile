@@ -54,8 +54,12 @@ format: setup    ## let ruff mend what it can
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: setup     ## side-by-side measurements
+bench: setup     ## side-by-side measurements, after `make demo`; fetches a 135M model
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	.venv/bin/python -m benchmarks.smollm2 runs/smollm2
 	.venv/bin/python -m benchmarks.scoring
+	.venv/bin/python -m benchmarks.scoring --model runs/smollm2 --window 1024 --batch-tokens 2048 --documents 5
+	.venv/bin/python -m benchmarks.scoring --model runs/smollm2 --window 1024 --batch-tokens 2048 --documents 5 --dtype bfloat16
 	.venv/bin/python -m benchmarks.head
 
 clean:           ## delete the demo's output

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, pvariance
 from typing import Any
 
 from pipeline.report_chart import Point, Series, chart, coloured_text, frame_of, short, standalone
@@ -74,7 +74,7 @@ def build_report(config: Config) -> Path:
     if any(arm.curve for arm in arms.values()):
         write_picture(config.train.output / "curve.svg", token_chart(arms))
     if windows:
-        write_picture(config.train.output / "tokens.svg", text_picture(windows, config.train.keep))
+        write_picture(config.train.output / "tokens.svg", text_picture(windows))
     return path
 
 
@@ -270,10 +270,15 @@ def documents_section(windows: list[tuple[str, list[Token]]], keep: float) -> Se
     return Section(title, caption, key() + "".join(document(name, tokens) for name, tokens in windows))
 
 
-def text_picture(windows: list[tuple[str, list[Token]]], keep: float) -> str:
-    """The window whose share of kept tokens is nearest to `keep`, as a figure."""
-    name, tokens = min(windows, key=lambda item: abs(fmean(token.kept for token in item[1]) - keep))
+def text_picture(windows: list[tuple[str, list[Token]]]) -> str:
+    """The window in which stretches of kept and of dropped text differ most, as a figure."""
+    name, tokens = max(windows, key=lambda item: contrast([token.kept for token in item[1]]))
     return coloured_text(name[:100], [(token.text, token.excess, token.kept) for token in tokens])
+
+
+def contrast(kept: Sequence[bool], stretch: int = 16) -> float:
+    """How much the share of kept tokens varies from one stretch of tokens to the next: its variance."""
+    return pvariance([fmean(kept[start : start + stretch]) for start in range(0, len(kept), stretch)])
 
 
 def origin(config: Config, cost: Cost) -> list[tuple[str, str]]:

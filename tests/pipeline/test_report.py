@@ -14,7 +14,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipeline.report import Arm, Cost, build_report, compute_caption, compute_curve, headline, ratio, smooth, speed_up
+from pipeline.report import (
+    Arm,
+    Cost,
+    build_report,
+    compute_caption,
+    compute_curve,
+    contrast,
+    headline,
+    ratio,
+    smooth,
+    speed_up,
+)
 from pipeline.report_chart import short, ticks
 from schemas.config import Config
 from schemas.errors import UserError
@@ -170,6 +181,10 @@ def test_ticks_are_few_and_within_the_axis(low: float, size: float) -> None:
     found = ticks(low, low + size)
     assert 2 <= len(found) <= 8
     assert all(low - size * 1e-6 <= value <= low + size * (1 + 1e-6) for value in found)
+
+
+def test_a_window_of_two_halves_has_more_contrast_than_an_even_one() -> None:
+    assert contrast([True] * 32 + [False] * 32) > contrast([True, False] * 32) == 0
 
 
 def test_counts_are_short() -> None:

@@ -25,8 +25,8 @@ class Bar:
             self.progress.update(self.task, completed=done, note=note)
         elif not self.silent and time.monotonic() - self.spoken > LOG_EVERY_SECONDS:
             self.spoken = time.monotonic()
-            left = (self.spoken - self.started) * (1 - done) / done if done else float("nan")
-            console.print(f"{self.title}: {done:.0%}, {note}, {left:.0f} s left", highlight=False, soft_wrap=True)
+            left = f", {(self.spoken - self.started) * (1 - done) / done:.0f} s left" if done else ""
+            console.print(f"{self.title}: {done:.0%}, {note}{left}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

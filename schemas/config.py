@@ -78,7 +78,7 @@ class Train(Section):
     tokens: int | None = Field(default=None, gt=0, description="length of the run in row tokens (padding counted)")
     tokens_per_step: int = Field(default=1_048_576, ge=1)
     row_tokens: int | None = Field(default=None, description="tokens of one packed row; null: context.window")
-    micro_rows: int = Field(default=8, ge=1, description="rows of one forward and backward on one rank")
+    micro_rows: int = Field(default=8, ge=1, description="most rows of one forward and backward on one rank")
     shuffle_groups: int = Field(default=16, ge=1, description="row groups shuffled together, held in memory")
     learning_rate: float = Field(default=8e-5, gt=0)
     min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)

@@ -46,7 +46,8 @@ def train(run: Run) -> Path:
     Raises UserError for settings that cannot work or differ from the checkpoint's, and for a non-finite loss.
     """
     config, ranks, final = run.config, run.ranks, run.config.output / "final"
-    settings = settings_of(config, ranks.world)
+    geometry = cut(run)
+    settings = settings_of(config, geometry)
     saved = final if (final / "state.json").exists() else checkpoint.latest(config.output / "checkpoints")
     state = checkpoint.State(0, 0, 0, 0, run.source.fingerprint, settings)
     if saved:
@@ -55,7 +56,6 @@ def train(run: Run) -> Path:
     if saved == final:
         return final
     live, optimizer = build(run, saved)
-    geometry = cut(run)
     log = Log(config.output, state.step) if ranks.first else None
     if state.step == 0:
         _evaluate(run, live, log, state)
@@ -106,11 +106,11 @@ def loop(
     return state
 
 
-def settings_of(config: Train, world: int) -> dict[str, Any]:
+def settings_of(config: Train, geometry: Geometry) -> dict[str, Any]:
     """The settings a resumed run must share. `micro` selection also depends on the rows ranked together."""
     settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_SETTINGS}
     if config.scope == "micro" and config.objective != "clm":
-        settings["micro_rows x ranks"] = config.micro_rows * world
+        settings["micro_rows x ranks"] = geometry.micro_rows * geometry.world
     return settings
 
 
@@ -163,18 +163,23 @@ def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
 
 
 def cut(run: Run) -> Geometry:
-    """How a step is cut. Raises UserError if the numbers do not divide."""
+    """How a step is cut: `train.micro_rows` a forward, or the most below it that divides the step evenly.
+
+    Raises UserError if the step's rows cannot be shared out.
+    """
     config, ranks = run.config, run.ranks
     row_tokens = config.row_tokens or run.context.window
     rows = max(1, config.tokens_per_step // row_tokens)
     if row_tokens < run.context.window:
         raise UserError(f"train.row_tokens: {row_tokens} is less than context.window ({run.context.window}); raise it")
-    if rows % (config.micro_rows * ranks.world):
+    if rows % ranks.world:
         raise UserError(
-            f"train.tokens_per_step: {rows} rows of {row_tokens} tokens cannot be cut into {ranks.world} ranks x"
-            f" train.micro_rows {config.micro_rows}; change one of them"
+            f"train.tokens_per_step: {rows} rows of {row_tokens} tokens cannot be shared out among {ranks.world} ranks;"
+            f" make it a multiple of {row_tokens * ranks.world}, or change the number of ranks"
         )
-    return Geometry(rows, row_tokens, config.micro_rows, ranks.rank, ranks.world)
+    own = rows // ranks.world
+    micro_rows = next(size for size in range(min(config.micro_rows, own), 0, -1) if own % size == 0)
+    return Geometry(rows, row_tokens, micro_rows, ranks.rank, ranks.world)
 
 
 def progress(run: Run, step: int, position: int, geometry: Geometry) -> float:

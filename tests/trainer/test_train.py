@@ -18,7 +18,9 @@ from tests.trainer.conftest import read_rows
 from trainer.data import ScoreShards
 from trainer.live import Live
 from trainer.objective import token_scores
+from trainer.ranks import Ranks
 from trainer.stream import Geometry, steps
+from trainer.train import Run, cut
 
 # Not the threshold: it is the mean over micro-batches, so it says how the step was cut.
 FIGURES = ("loss_all", "loss_kept", "loss_dropped", "grad_norm")
@@ -164,6 +166,17 @@ def test_the_final_model_is_a_plain_hugging_face_model(scores, tmp_path, train_h
     assert not list(final.glob("*.bin")) + list(final.glob("*.pt"))
 
 
-def test_a_step_that_cannot_be_cut_is_one_clear_error(scores, tmp_path, train_here):
-    with pytest.raises(UserError, match=r"train\.tokens_per_step: 8 rows"):
-        train_here(scores, output=tmp_path, micro_rows=3)
+def run_of(config, world, **fields):
+    settings, ranks = config.train.model_copy(update=fields), Ranks(0, world, torch.device("cpu"))
+    return Run(settings, config.context, Path(config.base), ScoreShards(config.score.output), None, ranks)
+
+
+@pytest.mark.parametrize(("micro_rows", "world", "cut_to"), [(8, 1, 8), (3, 1, 2), (8, 2, 4), (100, 4, 2), (1, 2, 1)])
+def test_a_micro_batch_is_lowered_to_what_divides_the_step(scores, micro_rows, world, cut_to):
+    geometry = cut(run_of(scores, world, micro_rows=micro_rows))
+    assert (geometry.rows, geometry.micro_rows) == (8, cut_to)
+
+
+def test_a_step_that_cannot_be_shared_out_is_one_clear_error(scores):
+    with pytest.raises(UserError, match=r"train\.tokens_per_step: 8 rows .* 3 ranks; make it a multiple of 192"):
+        cut(run_of(scores, 3))

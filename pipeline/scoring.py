@@ -2,6 +2,8 @@
 
 import time
 
+import typer
+
 from pipeline.progress import bar, console
 from schemas.config import Config
 from score_jobs.job import Progress, score
@@ -19,7 +21,11 @@ def score_with_progress(config: Config) -> int:
             done = state.input_bytes / state.input_bytes_total if state.input_bytes_total else 0.0
             progress.update(done, note if state.stage == "score" else state.stage)
 
-        outcome = score(config, show)
+        try:
+            outcome = score(config, show)
+        except KeyboardInterrupt:
+            console.print("stopped; what is scored stays: run `make score` again, it does the rest", highlight=False)
+            raise typer.Exit(130) from None
     receipts = outcome.receipts.values()
     tokens, documents = sum(item.tokens for item in receipts), sum(item.documents for item in receipts)
     losses, count = sum(item.loss_sum for item in receipts), sum(item.loss_count for item in receipts)

@@ -7,9 +7,11 @@ most the units it had in flight, and nothing is spilled or reconstructed.
 import fcntl
 import logging
 import os
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +55,7 @@ class Outcome:
 
 
 def score(config: Config, report: Callable[[Progress], None] = lambda progress: None) -> Outcome:
-    """Score what has no receipt yet. A finished dataset is left untouched.
+    """Score what has no receipt yet. A finished dataset is left untouched; SIGTERM is a KeyboardInterrupt.
 
     Raises UserError for settings that differ from the dataset's, or a corpus whose shards changed (law 3).
     """
@@ -143,6 +145,9 @@ class _Pool:
         self.progress.stage = "start workers"
         self.report(self.progress)
         started = _start_ray(self.job)
+        with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+            # Ray's own handler would print its stack; a preempted job ends as an interrupted one does.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             self._check_canary()
             self.progress.stage = "score"

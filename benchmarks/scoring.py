@@ -18,11 +18,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.runs import load_tokenizer
 from schemas.config import Context, Corpus
-from schemas.context import encode_documents
+from schemas.models import open_tokenizer
+from schemas.window import encode_documents
 from score_jobs.corpus import Document, read_documents, resolve, survey
-from score_jobs.engine import PackedEngine
+from score_jobs.engines.packed import PackedEngine
 
 
 def main(
@@ -58,7 +58,7 @@ def main(
 
 def read(paths: list[str], model: Path, documents: int, window: int) -> list[np.ndarray]:
     """Windows of the first documents of each shard."""
-    corpus, tokenizer = Corpus(paths=paths), load_tokenizer(model, "--model")
+    corpus, tokenizer = Corpus(paths=paths), open_tokenizer(model, "--model")
     context = Context(window=window, bos=tokenizer.bos_token_id is not None, eos=tokenizer.eos_token_id is not None)
     windows: list[np.ndarray] = []
     for url in resolve(corpus):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import cli
-from pipeline.report import SHORT, Arm, compute_curve, ratio, read_arms, read_cost, speed_up
+from pipeline.report.build import SHORT, Arm, compute_curve, ratio, read_arms, read_cost, speed_up
 from schemas.config import load_config
 
 RUNS = "runs/seeds"

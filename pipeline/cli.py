@@ -64,7 +64,7 @@ def demo(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption
 @app.command()
 def data(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption = 1.0) -> None:
     """Build the demo's data from installed packages: noisy corpus, curated corpus, held-out text and problems."""
-    from pipeline.demo_data import build
+    from pipeline.demo.data import build
     from pipeline.progress import console
 
     loaded = read_config(config, set_)
@@ -76,7 +76,7 @@ def data(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption
 @app.command()
 def base(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
     """Train the demo's tiny base model from nothing (real runs name a base from the hub instead)."""
-    from pipeline.demo import make_base
+    from pipeline.demo.base import make_base
 
     loaded = read_config(config, set_)
     make_base(loaded, data_folder(loaded))
@@ -86,7 +86,7 @@ def base(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
 def reference(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
     """Train the reference model: the base, further, on the small curated corpus."""
     loaded = read_config(config, set_)
-    from pipeline.runs import train_reference
+    from pipeline.train import train_reference
 
     train_reference(loaded)
 
@@ -95,7 +95,7 @@ def reference(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
 def score(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
     """Stage 1: write every corpus token's reference loss to Parquet, on Ray. Does only what is missing."""
     loaded = read_config(config, set_)
-    from pipeline.scoring import score_with_progress
+    from pipeline.score import score_with_progress
 
     raise_exit(score_with_progress(loaded))
 
@@ -110,7 +110,7 @@ def train(
     if objective not in (None, *ARMS):
         raise UserError(f"--objective {objective}: must be one of {', '.join(ARMS)}")
     loaded = read_config(config, set_)
-    from pipeline.runs import train_live
+    from pipeline.train import train_live
 
     train_live(loaded, objective)  # type: ignore[arg-type]
 
@@ -123,7 +123,7 @@ def eval_(
 ) -> None:
     """Held-out target-domain loss and exact match on held-out problems, for any checkpoint."""
     loaded = read_config(config, set_)
-    from pipeline.table import evaluate_models
+    from pipeline.evaluate import evaluate_models
 
     evaluate_models(loaded, models or [])
 
@@ -141,10 +141,9 @@ def inspect(
 
     speller = None
     if tokenizer:
-        from pipeline.runs import load_tokenizer
-        from schemas.fingerprint import local_model
+        from schemas.models import local_model, open_tokenizer
 
-        speller = load_tokenizer(local_model(tokenizer), "--tokenizer")
+        speller = open_tokenizer(local_model(tokenizer), "--tokenizer")
     show(path, speller, documents)
 
 
@@ -167,7 +166,7 @@ def report(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
     """One self-contained HTML page: curves, speed-up, kept and dropped losses, coloured documents."""
     loaded = read_config(config, set_)
     from pipeline.progress import console
-    from pipeline.report import build_report
+    from pipeline.report.build import build_report
 
     console.print(f"report: {build_report(loaded)}", soft_wrap=True)
 

@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
+from transformers import AutoModelForCausalLM
 
+from pipeline.progress import bar, console
+from schemas.batch import IGNORE, best_fit, collate
 from schemas.config import Config, Context
 from schemas.errors import UserError
-from schemas.packing import IGNORE, best_fit, collate
+from schemas.models import local_model, open_tokenizer
 from trainer.live import Live
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -106,3 +110,39 @@ def read_rows(path: Path, field: str, keys: tuple[str, ...]) -> list[dict[str, A
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a JSON object with {', '.join(keys)}: {error}") from error
     return rows
+
+
+def evaluate_models(config: Config, models: list[str]) -> list[dict]:
+    """Evaluate and print; without names, the base, the reference and every finished arm."""
+    if not (config.eval.target or config.eval.problems):
+        raise UserError("field `eval`: give eval.target or eval.problems")
+    arms = sorted(str(path.parent) for path in config.train.output.glob("*/final/config.json"))
+    rows = []
+    with bar("evaluate") as progress:
+        chosen = models or [config.base, config.score.model, *arms]
+        for number, name in enumerate(chosen):
+            progress.update(number / len(chosen), name)
+            rows.append({"model": name, **evaluate_model(config, local_model(name))})
+    table = Table("model", "nats/token", "bits/byte", "exact match")
+    for row in rows:
+        match = f"{row['exact_match']:.1%} of {row['problems']}" if "exact_match" in row else "-"
+        table.add_row(row["model"], f"{row.get('target_loss', float('nan')):.3f}",
+                      f"{row.get('target_bits_per_byte', float('nan')):.3f}", match)  # fmt: skip
+    console.print(table)
+    return rows
+
+
+def evaluate_model(config: Config, folder: Path) -> dict[str, float]:
+    """Every held-out figure of one checkpoint, in float32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model = loaded.to(device).eval()
+    tokenizer = open_tokenizer(folder, "model")
+    figures: dict[str, float] = {}
+    if config.eval.target:
+        figures |= TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)(
+            Live(model, torch.float32)
+        )
+    if config.eval.problems:
+        figures |= exact_match(model, tokenizer, config)
+    return figures

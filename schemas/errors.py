@@ -2,4 +2,11 @@
 
 
 class UserError(Exception):
-    """A mistake in input, config or environment; the message names the file, the field and the fix."""
+    """A mistake in input, config or environment: the problem names the file and the field, the fix says the way on."""
+
+    def __init__(self, problem: str, fix: str = ""):
+        super().__init__(problem, fix)
+        self.problem, self.fix = problem, fix
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.fix}" if self.fix else self.problem

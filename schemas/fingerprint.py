@@ -14,25 +14,6 @@ from schemas.files import sha256_file
 SCHEMA_VERSION = 1
 PROBE = "Let $x_1 = 3.14$; then\n\tf(x) = \\frac{1}{2}  é 漢字 #### 42"
 ARITHMETIC = ("torch", "transformers", "tokenizers", "pyarrow")
-MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.txt")
-
-
-def local_model(name: str) -> Path:
-    """The folder of a model: `name` itself if it is one, else the Hugging Face hub's snapshot of it.
-
-    Only safetensors weights are fetched; pickled ones are never loaded.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if name.startswith((".", "/")) or name.count("/") > 1:
-        raise UserError(f"model `{name}`: no such folder; train it first (`make reference`) or mend the path")
-    from huggingface_hub import snapshot_download  # only the hub path needs a network client
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
-    except Exception as error:
-        raise UserError(f"model `{name}`: neither a local folder nor to be had from the hub: {error}") from error
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:

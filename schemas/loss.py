@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from schemas.packing import IGNORE
+from schemas.batch import IGNORE
 
 CHUNK_TOKENS = 1024
 

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.context import token_hashes
 from schemas.errors import UserError
+from schemas.window import token_hashes
 
 ROW_GROUP_WINDOWS = 1024
 METADATA_KEY = b"tokensift"

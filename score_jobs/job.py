@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.files import remove_temporaries
-from schemas.fingerprint import dataset_fingerprint, difference, local_model
+from schemas.fingerprint import dataset_fingerprint, difference
+from schemas.models import local_model
 from schemas.receipt import Layout, Receipt, read_dataset, read_receipts, write_dataset
 from score_jobs.corpus import ShardError
 from score_jobs.plan import Plan, Unit, plan

@@ -12,12 +12,12 @@ import torch
 from transformers import AutoTokenizer
 
 from schemas.config import Context, Corpus, Score
-from schemas.context import encode_documents
 from schemas.files import publish, sha256_file, temporary
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, check_windows, open_shard, shard_schema, write_shard
+from schemas.window import encode_documents
 from score_jobs.corpus import Document, Rejected, read_documents
-from score_jobs.engine import open_engine
+from score_jobs.engines import open_engine
 from score_jobs.plan import Unit
 
 DOCUMENTS_PER_TOKENIZER_CALL = 256

@@ -200,7 +200,8 @@ def score_here() -> Callable[[Config], Config]:
     """`score_here(config)`: a whole score dataset made in this process, without Ray."""
     from transformers import AutoTokenizer
 
-    from schemas.fingerprint import dataset_fingerprint, local_model
+    from schemas.fingerprint import dataset_fingerprint
+    from schemas.models import local_model
     from schemas.receipt import Layout, write_dataset
     from score_jobs.plan import plan
     from score_jobs.worker import Job, Worker

@@ -28,7 +28,7 @@ def imports(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_arrows_point_one_way(package: str) -> None:
-    for path in (ROOT / package).glob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         ours = {name.split(".")[0] for name in imports(path)} & (ALLOWED.keys() - {package})
         assert ours <= ALLOWED[package], path.name
 
@@ -37,7 +37,7 @@ def test_ray_is_imported_only_where_ray_is_driven() -> None:
     users = {
         f"{package}/{path.name}"
         for package in ALLOWED
-        for path in (ROOT / package).glob("*.py")
+        for path in (ROOT / package).rglob("*.py")
         if any(name.split(".")[0] == "ray" for name in imports(path))
     }
     assert users == {"score_jobs/job.py"}

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from schemas.batch import IGNORE
 from schemas.loss import CHUNK_TOKENS, project
-from schemas.packing import IGNORE
 
 KEPT_LOGITS_BYTES = 2 << 30
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from schemas.packing import IGNORE, RowFiller, Rows, collate
+from schemas.batch import IGNORE, RowFiller, Rows, collate
 from trainer.data import Placed, Source, ordered
 
 PREFETCHED_STEPS = 2

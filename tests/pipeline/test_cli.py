@@ -17,7 +17,7 @@ from pipeline.cli import app
 from schemas.config import Config, load_config
 from trainer.data import ScoreShards
 from trainer.live import Live
-from trainer.objective import token_scores
+from trainer.selection import token_scores
 from trainer.stream import Geometry, steps
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.evaluate import TargetLoss, answers, exact_match, read_rows
-from pipeline.table import evaluate_models
+from pipeline.evaluate import TargetLoss, answers, evaluate_models, exact_match, read_rows
 from schemas.config import Config
 from schemas.errors import UserError
 from trainer.live import Live

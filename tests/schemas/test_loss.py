@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from schemas.batch import IGNORE, best_fit, collate
 from schemas.loss import has_linear_head, losses_of_logits, model_losses, token_losses
-from schemas.packing import IGNORE, best_fit, collate
 
 TOLERANCE_NATS = 1e-4
 VOCABULARY, ROW = 120, 48
@@ -95,7 +95,7 @@ def test_law_5_the_linear_head_and_the_finished_logits_give_the_same_losses(fami
 
 
 def test_law_5_the_engine_gives_the_plain_forwards_losses_whatever_the_batch(tiny_model: Any) -> None:
-    from score_jobs.engine import PackedEngine
+    from score_jobs.engines.packed import PackedEngine
 
     windows = make_windows()
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
@@ -110,7 +110,7 @@ def test_law_5_the_engine_gives_the_plain_forwards_losses_whatever_the_batch(tin
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_law_5_the_engine_loads_and_scores_families_of_another_build(family: str, tmp_path: Path) -> None:
-    from score_jobs.engine import PackedEngine
+    from score_jobs.engines.packed import PackedEngine
 
     model = build(family)
     model.save_pretrained(tmp_path)
@@ -121,7 +121,7 @@ def test_law_5_the_engine_loads_and_scores_families_of_another_build(family: str
 
 def test_a_window_longer_than_the_models_positions_is_an_error_that_names_the_field(tiny_model: Any) -> None:
     from schemas.errors import UserError
-    from score_jobs.engine import PackedEngine
+    from score_jobs.engines.packed import PackedEngine
 
     with pytest.raises(UserError, match=r"context\.window: 513.*512"):
         PackedEngine(tiny_model, 513, "float32", 1024, "cpu")

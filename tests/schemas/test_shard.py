@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import Config
-from schemas.context import token_hash
 from schemas.errors import UserError
 from schemas.files import temporary
 from schemas.receipt import Layout, read_receipts
@@ -23,6 +22,7 @@ from schemas.shard import (
     shard_schema,
     write_shard,
 )
+from schemas.window import token_hash
 
 METADATA = {"fingerprint": {"b": 1, "a": [2]}, "unit": "u"}
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from schemas.config import Context, Score
 from schemas.errors import UserError
-from score_jobs.engine import open_engine
+from score_jobs.engines import open_engine
 
 TOLERANCE_NATS = 1e-4
 

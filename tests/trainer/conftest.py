@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.runs import load_tokenizer
+from schemas.models import open_tokenizer
 from trainer.data import ScoreShards
+from trainer.loop import Run, train
 from trainer.ranks import Ranks
-from trainer.train import Run, train
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def train_here():
         base = Path(config.base)
         alone = Ranks(0, 1, torch.device("cpu"))
         source = ScoreShards(config.score.output)
-        final = train(Run(settings, config.context, base, source, load_tokenizer(base, "base"), alone, evaluate))
+        final = train(Run(settings, config.context, base, source, open_tokenizer(base, "base"), alone, evaluate))
         return final, read_rows(settings.output)
 
     return run

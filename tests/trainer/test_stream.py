@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from schemas.batch import IGNORE
 from schemas.errors import UserError
-from schemas.packing import IGNORE
 from schemas.receipt import Layout
 from schemas.shard import open_shard, read_windows, shard_metadata, write_shard
 from trainer.data import ScoreShards, Tokens, ordered

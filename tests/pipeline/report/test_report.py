@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipeline.report import (
+from pipeline.report.build import (
     Arm,
     Cost,
     build_report,
@@ -26,7 +26,7 @@ from pipeline.report import (
     smooth,
     speed_up,
 )
-from pipeline.report_chart import short, ticks
+from pipeline.report.chart import short, ticks
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.receipt import Layout, read_dataset, read_receipts

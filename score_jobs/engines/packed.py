@@ -1,39 +1,16 @@
-"""Scoring engines. The usual one: a plain Hugging Face model over packed rows, float32 losses, no logits kept."""
+"""The usual engine: a plain Hugging Face model over packed rows, float32 losses, no logits kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from schemas.config import Context, Score
+from schemas.batch import best_fit, collate
 from schemas.errors import UserError
 from schemas.loss import has_linear_head, model_losses
-from schemas.packing import best_fit, collate
-
-
-class Engine(Protocol):
-    """What a worker asks of an engine."""
-
-    def score(self, windows: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Losses and entropies (or None) of each window: float32 [length] in nats, NaN at position 0."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What a receipt says of the engine."""
-        ...
-
-
-def open_engine(model: Path, context: Context, score: Score) -> Engine:
-    """The engine that the config names, its model loaded. Raises UserError if it cannot be."""
-    if score.engine == "vllm":
-        from score_jobs.vllm_engine import VllmEngine  # an optional package, and slow to import
-
-        return VllmEngine(model, context.window, score.dtype, score.batch_tokens, score.gpus_per_worker, score.entropy)
-    device = "cuda" if score.gpus_per_worker else "cpu"
-    return PackedEngine(model, context.window, score.dtype, score.batch_tokens, device, score.entropy)
 
 
 class PackedEngine:

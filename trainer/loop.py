@@ -17,9 +17,9 @@ from trainer import checkpoint
 from trainer.data import Source
 from trainer.live import Live, parallelize
 from trainer.metrics import Log, StepStats
-from trainer.objective import chooser, selected_tokens, token_scores
+from trainer.optimizer import learning_rate
 from trainer.ranks import Ranks
-from trainer.schedule import learning_rate
+from trainer.selection import chooser, selected_tokens, token_scores
 from trainer.stream import Geometry, Micro, Step, prefetched, steps
 
 # What a checkpoint may not be resumed without: everything that decides the numbers.

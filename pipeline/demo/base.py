@@ -6,9 +6,10 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.runs import load_tokenizer, run_training, tokens_of
+from pipeline.train import run_training, tokens_of
 from schemas.config import Config, Corpus, Train
 from schemas.errors import UserError
+from schemas.models import open_tokenizer
 from score_jobs.corpus import Document, read_documents, resolve, survey
 
 VOCABULARY = 2048
@@ -37,7 +38,7 @@ def make_base(config: Config, data: Path) -> Path:
         dtype="bfloat16",
         checkpoint_every=10_000,
     )
-    tokenizer = load_tokenizer(start, "base")
+    tokenizer = open_tokenizer(start, "base")
     return run_training("train base", config, settings, start, tokens_of(pages, tokenizer, config.context), tokenizer)
 
 

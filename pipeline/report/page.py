@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pipeline.report_chart import STYLE, THEME, tint
+from pipeline.report.chart import STYLE, THEME, tint
 
 PAGE_STYLE = """
 *{box-sizing:border-box}

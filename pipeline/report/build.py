@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean, median, pvariance
 from typing import Any
 
-from pipeline.report_chart import Point, Series, chart, coloured_text, frame_of, short, standalone
-from pipeline.report_page import Section, Token, definitions, document, key, page, table
-from pipeline.report_text import judge
+from pipeline.report.chart import Point, Series, chart, coloured_text, frame_of, short, standalone
+from pipeline.report.page import Section, Token, definitions, document, key, page, table
+from pipeline.report.text import judge
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.files import write_atomic

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.packing import IGNORE, RowFiller, best_fit, collate
+from schemas.batch import IGNORE, RowFiller, best_fit, collate
 
 ROW = 24
 LENGTHS = st.lists(st.integers(1, ROW), max_size=40)

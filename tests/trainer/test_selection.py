@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.select import planned_count, quota, select_top, select_top_by_window
+from trainer.selection import planned_count, quota, select_top, select_top_by_window
 
 values = st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(float("nan"))), min_size=1, max_size=60)
 shares = st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.7, 0.99, 1.0])

@@ -1,7 +1,7 @@
 import pytest
 
 from schemas.config import Train
-from trainer.schedule import learning_rate
+from trainer.optimizer import learning_rate
 
 
 def settings(**fields):

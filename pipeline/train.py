@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from pipeline.evaluate import TargetLoss
 from pipeline.progress import bar
 from schemas.config import Config, Context, Corpus, Objective, Train
-from schemas.context import encode_documents
 from schemas.errors import UserError
-from schemas.fingerprint import difference, local_model, tokenizer_fingerprint
+from schemas.fingerprint import difference, tokenizer_fingerprint
+from schemas.models import local_model, open_tokenizer
+from schemas.window import encode_documents
 from score_jobs.corpus import Document, read_documents, resolve, survey
 from trainer.data import ScoreShards, Source, Tokens
+from trainer.loop import Run, train
 from trainer.ranks import join, leave
-from trainer.train import Run, train
 
 DOCUMENTS_PER_TOKENIZER_CALL = 256
 
@@ -26,7 +26,7 @@ def train_live(config: Config, objective: Objective | None = None) -> Path:
     settings = config.train.model_copy(update={"objective": objective, "output": config.train.output / objective})
     source = ScoreShards(config.score.output)
     base = local_model(config.base)
-    tokenizer = load_tokenizer(base, "base")
+    tokenizer = open_tokenizer(base, "base")
     changed = difference(source.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
     changed += difference(source.dataset["context"], config.context.model_dump(), "context")
     if changed:
@@ -40,7 +40,7 @@ def train_reference(config: Config) -> Path:
     if config.reference is None:
         raise UserError("field `reference`: missing; give its corpus and train settings, or a finished score.model")
     base = local_model(config.base)
-    tokenizer = load_tokenizer(base, "base")
+    tokenizer = open_tokenizer(base, "base")
     source = tokens_of(config.reference.corpus, tokenizer, config.context)
     return run_training("train reference", config, config.reference.train, base, source, tokenizer)
 
@@ -76,11 +76,3 @@ def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> Tokens:
     if not windows:
         raise UserError(f"corpus: {corpus.paths or corpus.dataset}: no usable document; look at column `{corpus.text}`")
     return Tokens(windows)
-
-
-def load_tokenizer(folder: Path, field: str) -> Any:
-    """The fast tokenizer of a model folder. Raises UserError if it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{field}: {folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error

@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.inspect import spell
-from pipeline.report_page import Token
-from pipeline.runs import load_tokenizer
+from pipeline.report.page import Token
+from schemas.batch import best_fit, collate
 from schemas.config import Config
 from schemas.loss import has_linear_head, model_losses
-from schemas.packing import best_fit, collate
+from schemas.models import open_tokenizer
 from schemas.receipt import Layout, read_receipts
 from schemas.shard import Window, check_windows, open_shard
-from trainer.select import select_top
+from trainer.selection import select_top
 
 SHOWN_WINDOWS, SHOWN_TOKENS, FEWEST_TOKENS = 8, 384, 24
 
@@ -52,7 +52,7 @@ def judge(config: Config) -> list[tuple[str, list[Token]]]:
     dtype = getattr(torch, config.train.dtype) if device == "cuda" else torch.float32
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     model = loaded.to(device).eval()
-    tokenizer, lengths = load_tokenizer(folder, "slm"), [len(window.tokens) for window in windows]
+    tokenizer, lengths = open_tokenizer(folder, "slm"), [len(window.tokens) for window in windows]
     rows = collate([window.tokens for window in windows], best_fit(lengths, max(lengths)), max(lengths))
     grids = (torch.from_numpy(grid).to(device) for grid in (rows.ids, rows.positions, rows.targets))
     live = rows.gather(model_losses(model, *grids, has_linear_head(model))[0].cpu().numpy(), lengths)  # type: ignore[call-arg]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from schemas.config import Context
-from schemas.context import cut, encode_documents, token_hash, token_hashes
 from schemas.errors import UserError
+from schemas.window import cut, encode_documents, token_hash, token_hashes
 
 TOKENS = st.lists(st.integers(0, 2**17), max_size=200).map(lambda ids: np.array(ids, dtype=np.int64))
 

@@ -17,10 +17,10 @@ from schemas.errors import UserError
 from tests.trainer.conftest import read_rows
 from trainer.data import ScoreShards
 from trainer.live import Live
-from trainer.objective import token_scores
+from trainer.loop import Run, cut
 from trainer.ranks import Ranks
+from trainer.selection import token_scores
 from trainer.stream import Geometry, steps
-from trainer.train import Run, cut
 
 # Not the threshold: it is the mean over micro-batches, so it says how the step was cut.
 FIGURES = ("loss_all", "loss_kept", "loss_dropped", "grad_norm")

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.demo_data import Sources, build
+from pipeline.demo.data import Sources, build
 from schemas.errors import UserError
 
 SCALE = 0.05

@@ -1,0 +1,1 @@
+"""The demo: its data, its tokenizer and its base model from nothing."""

@@ -1,0 +1,33 @@
+"""Scoring engines: what a worker asks of one, and the one that the config names."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from schemas.config import Context, Score
+
+
+class Engine(Protocol):
+    """What a worker asks of an engine."""
+
+    def score(self, windows: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Losses and entropies (or None) of each window: float32 [length] in nats, NaN at position 0."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a receipt says of the engine."""
+        ...
+
+
+def open_engine(model: Path, context: Context, score: Score) -> Engine:
+    """The engine that the config names, its model loaded. Raises UserError if it cannot be."""
+    if score.engine == "vllm":
+        from score_jobs.engines.vllm import VllmEngine  # an optional package, and slow to import
+
+        return VllmEngine(model, context.window, score.dtype, score.batch_tokens, score.gpus_per_worker, score.entropy)
+    from score_jobs.engines.packed import PackedEngine  # torch and transformers: slow to import
+
+    device = "cuda" if score.gpus_per_worker else "cpu"
+    return PackedEngine(model, context.window, score.dtype, score.batch_tokens, device, score.entropy)

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from pipeline.progress import bar, console
-from schemas.batch import IGNORE, best_fit, collate
+from schemas.batch import IGNORE, collate
 from schemas.config import Config, Context
 from schemas.errors import UserError
-from schemas.models import local_model, open_tokenizer
-from trainer.live import Live
+from schemas.models import local_model, open_model, open_tokenizer
+from trainer.live import Live, choose_none
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 GENERATED_TOGETHER = 32
@@ -48,20 +47,23 @@ class TargetLoss:
     def __call__(self, live: Live) -> dict[str, float]:
         """`target_loss` in nats/token and `target_bits_per_byte`."""
         device = next(live.parameters()).device
-        rows = best_fit([len(window) for window in self.windows], self.row_tokens)
-        rows += [[]] * (-len(rows) % self.rows)
+        rows = live.opened.rows([len(window) for window in self.windows], self.row_tokens)
+        rows += [[]] * (-len(rows) % self.rows)  # every batch of one shape
         nats = tokens = 0.0
         for start in range(0, len(rows), self.rows):
-            members = [index for row in rows[start : start + self.rows] for index in row]
-            number = {index: i for i, index in enumerate(members)}
-            batch = [[number[index] for index in row] for row in rows[start : start + self.rows]]
-            packed = collate([self.windows[index] for index in members], batch, self.row_tokens)
-            for index, (row, first) in zip(members, packed.places, strict=True):
-                packed.targets[row, first : first + self.prompts[index] - 1] = IGNORE
-            grids = (torch.from_numpy(grid).to(device) for grid in (packed.ids, packed.positions, packed.targets))
-            losses = live(*grids, lambda losses: torch.zeros_like(losses, dtype=torch.bool))[1]
+            chosen = rows[start : start + self.rows]
+            members = [index for row in chosen for index in row]
+            numbers = iter(range(len(members)))
+            batch = collate(
+                [self.windows[index] for index in members],
+                [[next(numbers) for _ in row] for row in chosen],
+                self.row_tokens,
+            )
+            for index, place in zip(members, batch.places, strict=True):
+                batch.targets[place.row, place.start : place.start + self.prompts[index] - 1] = IGNORE
+            losses = live(batch.to(device), choose_none).losses
             nats += float(losses.nansum(dtype=torch.float64))
-            tokens += int((packed.targets != IGNORE).sum())
+            tokens += int((batch.targets != IGNORE).sum())
         return {"target_loss": nats / tokens, "target_bits_per_byte": nats / math.log(2) / self.bytes}
 
 
@@ -135,14 +137,11 @@ def evaluate_models(config: Config, models: list[str]) -> list[dict]:
 def evaluate_model(config: Config, folder: Path) -> dict[str, float]:
     """Every held-out figure of one checkpoint, in float32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    model = loaded.to(device).eval()
+    opened = open_model(folder, "model", config.context.window, device=device)
     tokenizer = open_tokenizer(folder, "model")
     figures: dict[str, float] = {}
     if config.eval.target:
-        figures |= TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)(
-            Live(model, torch.float32)
-        )
+        figures |= TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)(Live(opened))
     if config.eval.problems:
-        figures |= exact_match(model, tokenizer, config)
+        figures |= exact_match(opened.module, tokenizer, config)
     return figures

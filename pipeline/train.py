@@ -13,7 +13,7 @@ from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
 from schemas.window import encode_documents
 from score_jobs.corpus import Document, read_documents, resolve, survey
-from trainer.data import ScoreShards, Source, Tokens
+from trainer.data import MemoryWindows, ScoreShards, Source
 from trainer.loop import Run, train
 from trainer.ranks import join, leave
 
@@ -64,7 +64,7 @@ def run_training(title: str, config: Config, settings: Train, base: Path, source
                 leave()
 
 
-def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> Tokens:
+def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> MemoryWindows:
     """A small corpus as windows in memory. Documents that cannot be used are counted in the error if none is left."""
     windows: list[np.ndarray] = []
     for url in resolve(corpus):
@@ -75,4 +75,4 @@ def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> Tokens:
             windows += [window for document in encoded for window in document]
     if not windows:
         raise UserError(f"corpus: {corpus.paths or corpus.dataset}: no usable document; look at column `{corpus.text}`")
-    return Tokens(windows)
+    return MemoryWindows(windows)

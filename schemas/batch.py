@@ -1,51 +1,116 @@
-"""Rows: whole windows side by side in a rectangle, so that no compute goes to padding and none sees another.
+"""Batches: whole windows side by side in rows, so that little compute goes to padding and no window sees another.
 
-Position ids restart at 0 with each window. Hugging Face models read block-diagonal causal attention off
-restarting positions (`transformers.masking_utils.find_packed_sequence_indices`), so no mask is passed.
+Example, rows of 8 tokens, windows [a b c], [d e f g] and [h i]:
+
+    ids        a b c d e f g .      h i . . . . . .       `.` is padding, id 0
+    positions  0 1 2 0 1 2 3 0      0 1 0 1 2 3 4 5       restart with each window, and with the padding
+    targets    b c - e f g - -      i - - - - - - -       `-` is IGNORE: nothing is predicted there
+    owner      0 0 0 1 1 1 1 x      2 2 x x x x x x       `x` is -1
+
+Hugging Face models read block-diagonal causal attention off restarting positions
+(`transformers.masking_utils.find_packed_sequence_indices`), so no mask is passed. Whether a model really keeps
+windows apart is not taken on trust: `schemas.models` proves it when the model is opened.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 IGNORE = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class Place:
+    """Where a window lies: its row, its first column and its length in tokens."""
+
+    row: int
+    start: int
+    length: int
+
+    @property
+    def predicted(self) -> slice:
+        """Columns at which the window's tokens are predicted: all of its own but the last."""
+        return slice(self.start, self.start + self.length - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
     """Packed windows. Column j predicts the token in column j + 1, so `targets[r, j]` is `ids[r, j + 1]`.
 
-    ids, positions, targets: int64 [rows, row_tokens]; targets are IGNORE at a window's last token and in padding.
-    places: for each window its (row, first column).
+    ids, positions, targets, owner: int64 [rows, row_tokens]. `owner` is the window's number in the batch.
+    places: the windows' boundaries, in the order of their numbers.
     """
 
-    ids: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    places: list[tuple[int, int]]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    owner: torch.Tensor
+    places: list[Place]
 
-    def spread(self, windows: Sequence[np.ndarray]) -> np.ndarray:
-        """Per-token float values to where their tokens are predicted: float32 [rows, row_tokens], NaN elsewhere."""
-        grid = np.full(self.ids.shape, np.nan, dtype=np.float32)
-        for values, (row, start) in zip(windows, self.places, strict=True):
-            grid[row, start : start + len(values) - 1] = values[1:]
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each window."""
+        return [place.length for place in self.places]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on `device`, copied without waiting."""
+        names = ("ids", "positions", "targets", "owner")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    def spread(self, windows: Sequence[np.ndarray]) -> torch.Tensor:
+        """Per-token values to where their tokens are predicted: float32 [rows, row_tokens], NaN elsewhere."""
+        grid = torch.full(self.ids.shape, torch.nan)
+        for values, place in zip(windows, self.places, strict=True):
+            grid[place.row, place.predicted] = torch.from_numpy(values[1:].astype(np.float32))
         return grid
 
-    def gather(self, grid: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
-        """The inverse of `spread`: per-window float32 values, NaN at position 0."""
-        windows = []
-        for length, (row, start) in zip(lengths, self.places, strict=True):
-            values = np.full(length, np.nan, dtype=np.float32)
-            values[1:] = grid[row, start : start + length - 1]
-            windows.append(values)
-        return windows
+    def gather(self, grid: torch.Tensor) -> list[np.ndarray]:
+        """The inverse of `spread`: float32 values of each window, NaN at position 0."""
+        values = grid.float().cpu().numpy()
+        return [np.concatenate([[np.float32(np.nan)], values[place.row, place.predicted]]) for place in self.places]
+
+
+def collate(windows: Sequence[np.ndarray], rows: Sequence[Sequence[int]], row_tokens: int | None = None) -> Batch:
+    """Lay token windows out as `rows` of window numbers says; without `row_tokens` as wide as the fullest row.
+
+    Rows of one window each never restart their positions: causal attention alone keeps them from the padding behind
+    them, and a model then needs no mask, which halves the cost of its attention.
+    """
+    width = row_tokens or max(sum(len(windows[index]) for index in row) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    targets, owner = np.full_like(ids, IGNORE), np.full_like(ids, -1)
+    positions = np.tile(np.arange(width), (len(rows), 1))
+    places: dict[int, Place] = {}
+    restart = any(len(row) > 1 for row in rows)
+    for number, row in enumerate(rows):
+        start = 0
+        for index in row:
+            tokens = windows[index]
+            end = start + len(tokens)
+            ids[number, start:end] = tokens
+            targets[number, start : end - 1] = tokens[1:]
+            owner[number, start:end] = index
+            positions[number, start:end] = np.arange(len(tokens))
+            places[index] = Place(row=number, start=start, length=len(tokens))
+            start = end
+        if restart:  # padding is a window of its own, so no real token attends to it
+            positions[number, start:] = np.arange(width - start)
+    return Batch(
+        ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
+        owner=torch.from_numpy(owner),
+        places=[places[index] for index in range(len(windows))],
+    )
 
 
 def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Pack windows into few rows, longest first, each into the fullest row that holds it; returns window indices.
+    """Pack windows into few rows, longest first, each into the fullest row that holds it; returns window numbers.
 
     A pure function of the lengths, so a unit is packed the same way whenever it is redone.
+    Example, rows of 8: lengths 3, 4, 2, 5 become rows [3, 0] (5 + 3) and [1, 2] (4 + 2).
     """
     by_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]
     rows: list[list[int]] = []
@@ -62,16 +127,22 @@ def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     return rows
 
 
+def one_a_row(lengths: Sequence[int]) -> list[list[int]]:
+    """Each window in a row of its own, longest first, so that neighbours are of a length and pad little."""
+    return [[index] for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))]
+
+
 class RowFiller:
     """Packs a stream in its own order into a fixed number of rows, first row with room first.
 
     It is full when the next window fits nowhere, so what a step holds is a contiguous run of the stream
-    and the state of the stream is one integer.
+    and the state of the stream is one integer. With `alone` a row takes one window.
     """
 
-    def __init__(self, rows: int, row_tokens: int):
+    def __init__(self, rows: int, row_tokens: int, alone: bool = False):
         self.rows: list[list[int]] = [[] for _ in range(rows)]
         self.room = np.full(rows, row_tokens, dtype=np.int64)
+        self.alone = alone
 
     def add(self, index: int, length: int) -> bool:
         """Place a window of `length` tokens, or say that the rows are full."""
@@ -79,25 +150,5 @@ class RowFiller:
         if not len(fits):
             return False
         self.rows[fits[0]].append(index)
-        self.room[fits[0]] -= length
+        self.room[fits[0]] = 0 if self.alone else self.room[fits[0]] - length
         return True
-
-
-def collate(windows: Sequence[np.ndarray], rows: Sequence[Sequence[int]], row_tokens: int) -> Rows:
-    """Lay `windows` out as `rows` says; what is left of a row is padding that nothing is predicted in."""
-    ids = np.zeros((len(rows), row_tokens), dtype=np.int64)
-    targets = np.full_like(ids, IGNORE)
-    # Padding is a window of its own: its positions restart too, so no real token attends to it.
-    positions = np.tile(np.arange(row_tokens), (len(rows), 1))
-    places: list[tuple[int, int]] = [(-1, -1)] * len(windows)
-    for row, members in enumerate(rows):
-        start = 0
-        for index in members:
-            length = len(windows[index])
-            ids[row, start : start + length] = windows[index]
-            targets[row, start : start + length - 1] = windows[index][1:]
-            positions[row, start : start + length] = np.arange(length)
-            places[index] = (row, start)
-            start += length
-        positions[row, start:] = np.arange(row_tokens - start)
-    return Rows(ids, positions, targets, places)

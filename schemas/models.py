@@ -1,36 +1,126 @@
-"""Models and tokenizers: the one place that opens them, with every error that can come of it."""
+"""Models and tokenizers: the one place that opens them, with every error that can come of it.
+
+Loading is exact: a weight that is missing, unexpected or of another shape is an error, never a random layer. Isolation
+is proven on the model itself (`schemas.probe`), so no family is scored or trained on trust.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hub_logging
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
+from schemas.forward import Opened
+from schemas.probe import prove
 
 MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.txt")
+# What a folder's own files can make transformers raise; anything else is our mistake and keeps its traceback.
+BROKEN_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 
 
-def local_model(name: str) -> Path:
+def open_model(
+    folder: Path,
+    field: str,
+    window: int,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    dropout: bool = False,
+) -> Opened:
+    """Load a causal language model exactly and prove how its windows can be kept apart.
+
+    `field` is the config's name for it, `window` the longest window in tokens, `dtype` the parameters'. Dropout stays
+    off, in training too, unless asked for: tokens would else be ranked by noisy losses. Raises UserError for a folder
+    that is no whole model, a window beyond the model's positions, and a model whose windows cannot be kept apart.
+    """
+    module = _load(folder, field, dtype)
+    limit = getattr(module.config.get_text_config(), "max_position_embeddings", None) or window
+    if limit < window:
+        raise UserError(f"context.window: {window} is more than the {limit} positions of {folder}", "lower it")
+    module.to(device).eval()
+    opened = prove(module, compute or dtype, window, f"{field}: {folder}")
+    module.train(dropout)
+    return opened
+
+
+def _load(folder: Path, field: str, dtype: torch.dtype) -> Any:
+    if not (folder / "config.json").exists():
+        raise UserError(f"{field}: {folder} has no config.json, so it is not a model", "name a Hugging Face folder")
+    loud = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # what its load report warns of is an error of ours
+    hub_logging.disable_progress_bar()
+    try:
+        # Attention is SDPA where the family has it; asking for it by name would refuse Gemma 2.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+        module, report = loaded
+    except BROKEN_FILES as error:
+        raise UserError(f"{field}: {folder} cannot be loaded ({first_line(error)})", "mend or convert it") from error
+    finally:
+        hub_logging.set_verbosity(loud)
+    wrong = [
+        f"{len(report[kind])} {word} ({', '.join(sorted(map(str, report[kind]))[:3])})"
+        for kind, word in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unexpected"),
+            ("mismatched_keys", "of another shape"),
+            ("error_msgs", "not to be loaded"),
+        )
+        if report[kind]
+    ]
+    if wrong:
+        raise UserError(
+            f"{field}: {folder} does not hold the weights its config.json describes: {'; '.join(wrong)}",
+            "fetch or save the model again; a layer without its weights would be random",
+        )
+    return module
+
+
+def local_model(name: str, field: str = "model") -> Path:
     """The folder of a model: `name` itself if it is one, else the Hugging Face hub's snapshot of it.
 
-    Only safetensors weights are fetched; pickled ones are never loaded.
+    Only safetensors weights are fetched; pickled ones are never loaded. Raises UserError if it cannot be had.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if name.startswith((".", "/")) or name.count("/") > 1:
-        raise UserError(f"model `{name}`: no such folder; train it first (`make reference`) or mend the path")
+    if not name or name.startswith((".", "/")) or name.count("/") > 1 or folder.exists():
+        raise UserError(f"{field}: `{name}`: no such folder", "train it first (`make reference`) or mend the path")
     from huggingface_hub import snapshot_download  # only the hub path needs a network client
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
-    except Exception as error:
-        raise UserError(f"model `{name}`: neither a local folder nor to be had from the hub: {error}") from error
+    except Exception as error:  # the hub's client raises what its network stack raises
+        raise UserError(
+            f"{field}: `{name}` is neither a local folder nor to be had from the hub ({first_line(error)})",
+            "mend the path or the network",
+        ) from error
 
 
 def open_tokenizer(folder: Path, field: str) -> Any:
-    """The fast tokenizer of a model folder. Raises UserError if it has none."""
+    """The fast tokenizer of a model folder. Raises UserError if it has none that works."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{field}: {folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a", add_special_tokens=False)
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json
+        raise UserError(
+            f"{field}: {folder} has no usable tokenizer ({first_line(error)})", "copy the model's tokenizer files there"
+        ) from error
+    return tokenizer
+
+
+def check_vocabulary(folder: Path, tokenizer: Any, field: str) -> None:
+    """Raise UserError if the tokenizer makes tokens that the model in `folder` has no embedding for."""
+    try:
+        size = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
+    except BROKEN_FILES as error:
+        raise UserError(f"{field}: {folder}/config.json cannot be read ({first_line(error)})", "mend it") from error
+    if size < len(tokenizer):
+        raise UserError(
+            f"{field}: {folder} knows {size} tokens, its tokenizer makes {len(tokenizer)}",
+            "use the tokenizer that the model was trained with",
+        )

@@ -99,8 +99,8 @@ class Worker:
         """Largest difference in nats between stored losses and the same tokens scored now."""
         found = self.engine.score([np.array(canary.tokens, dtype=np.int64) for canary in canaries])
         drift = [
-            np.abs(losses[1:] - np.array(canary.ref_loss, dtype=np.float32)).max(initial=0.0)
-            for canary, (losses, _) in zip(canaries, found, strict=True)
+            np.abs(scored.loss[1:] - np.array(canary.ref_loss, dtype=np.float32)).max(initial=0.0)
+            for canary, scored in zip(canaries, found, strict=True)
         ]
         return float(max(drift, default=0.0))
 
@@ -118,13 +118,17 @@ class Worker:
                 owners += [(document, index) for index in range(len(pieces))]
                 tokens += pieces
         scores = self.engine.score(tokens)
-        bad = {owner.row for (owner, _), (losses, _) in zip(owners, scores, strict=True) if not _finite(losses)}
+        bad = {owner.row for (owner, _), scored in zip(owners, scores, strict=True) if not _finite(scored.loss)}
         empty = {document.row for document in documents} - {owner.row for owner, _ in owners}
         windows = [
             Window(
-                owner.id, index, ids, losses.astype(np.float16), None if unsure is None else unsure.astype(np.float16)
+                owner.id,
+                index,
+                ids,
+                scored.loss.astype(np.float16),
+                None if scored.entropy is None else scored.entropy.astype(np.float16),
             )
-            for (owner, index), ids, (losses, unsure) in zip(owners, tokens, scores, strict=True)
+            for (owner, index), ids, scored in zip(owners, tokens, scores, strict=True)
             if owner.row not in bad
         ]
         return windows, [

@@ -16,6 +16,7 @@ from schemas.errors import UserError
 from schemas.fingerprint import difference, digest
 from schemas.receipt import Layout, read_dataset, read_receipts
 from schemas.shard import Window, check_windows, open_shard, shard_metadata
+from schemas.window import token_hashes
 
 
 class Source(Protocol):
@@ -70,7 +71,7 @@ class ScoreShards:
         return check_windows(path, table)
 
 
-class Tokens:
+class MemoryWindows:
     """Windows held in memory, without scores: what plain training of a base or a reference reads."""
 
     def __init__(self, windows: list[np.ndarray], group: int = 1024):
@@ -80,7 +81,7 @@ class Tokens:
             [len(windows[i : i + group]) for i in range(0, len(windows), group)], dtype=np.int64
         )
         self.tokens = sum(len(window) for window in windows)
-        self.fingerprint = digest([len(windows), self.tokens, *(int(window.sum()) for window in windows)])
+        self.fingerprint = digest([int(value) for value in token_hashes(windows)])
 
     def read(self, group: int) -> list[Window]:
         """The windows of one group."""
@@ -93,8 +94,9 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A window and its place in the dataset: `key` is its number in stored order, whatever the epoch."""
+    """A window and its place: `key` is its number in stored order, whatever the `epoch`."""
 
+    epoch: int
     key: int
     window: Window
 
@@ -103,7 +105,7 @@ def ordered(source: Source, seed: int, shuffle_groups: int, position: int) -> It
     """Windows from `position` on, without end: epoch after epoch, each in its own order."""
     total = int(source.group_sizes.sum())
     if total == 0:
-        raise UserError("the dataset holds no windows; look at it with `tokensift inspect`")
+        raise UserError("the dataset holds no windows", "look at it with `tokensift inspect`")
     first_key = [0, *np.cumsum(source.group_sizes).tolist()]
     while True:
         epoch, offset = divmod(position, total)
@@ -119,6 +121,6 @@ def ordered(source: Source, seed: int, shuffle_groups: int, position: int) -> It
             keys = np.concatenate([np.arange(first_key[group], first_key[group + 1]) for group in block])
             windows = [window for group in block for window in source.read(int(group))]
             for index in shuffle[offset:]:
-                yield Placed(int(keys[index]), windows[index])
+                yield Placed(epoch=epoch, key=int(keys[index]), window=windows[index])
                 position += 1
             offset = 0

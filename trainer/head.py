@@ -14,8 +14,7 @@ from schemas.batch import IGNORE
 from schemas.loss import CHUNK_TOKENS, project
 
 KEPT_LOGITS_BYTES = 2 << 30
-
-Choose = Callable[[torch.Tensor], torch.Tensor]
+Choose = Callable[[torch.Tensor], torch.Tensor]  # float32 losses [n] -> mask [n]
 
 
 class KeptLoss(torch.autograd.Function):

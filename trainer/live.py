@@ -1,55 +1,70 @@
-"""The live model: any Hugging Face causal LM, wrapped so that one forward gives losses, selection and loss sum."""
+"""The live model: any opened causal LM, wrapped so that one forward gives losses, selection and loss sum."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from schemas.batch import Batch
 from schemas.errors import UserError
-from schemas.loss import has_linear_head, losses_of_logits
+from schemas.forward import Opened, forward
+from schemas.loss import losses_of_logits
 from trainer.head import KeptLoss
 
-Choose = Callable[[torch.Tensor], torch.Tensor]
+Choose = Callable[[torch.Tensor], torch.Tensor]  # float32 losses [rows, row_tokens] -> mask of the same shape
+
+
+class Judged(NamedTuple):
+    """A batch under the live model; a plain tuple, since FSDP looks for gradients in those."""
+
+    loss_sum: torch.Tensor
+    losses: torch.Tensor
+    mask: torch.Tensor
+
+
+def choose_none(losses: torch.Tensor) -> torch.Tensor:
+    """For evaluation: losses are wanted, gradients are not."""
+    return torch.zeros_like(losses, dtype=torch.bool)
 
 
 class Live(nn.Module):
     """A causal LM that returns (sum of kept losses, losses [rows, row_tokens], mask) instead of logits."""
 
-    def __init__(self, model: Any, dtype: torch.dtype):
-        """`dtype` is that of the forward's products; parameters stay float32."""
+    def __init__(self, opened: Opened):
+        """`opened.compute` is the dtype of the forward's products; parameters keep theirs."""
         super().__init__()
-        self.model = model
-        self.dtype = dtype
-        self.linear = has_linear_head(model)
+        self.model = opened.module
+        self.opened = opened
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, choose: Choose) -> Any:
-        """Forward of packed rows; `choose` sees float32 losses, NaN where nothing is predicted, and gives a mask."""
-        shape = targets.shape
-        cast = self.dtype != torch.float32 and not isinstance(self, FSDPModule)
-        with torch.autocast(ids.device.type, self.dtype, enabled=cast):
-            if not self.linear:
-                logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
-            else:
-                hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        if self.linear:
-            weight = self.model.get_output_embeddings().weight
-            hidden = hidden.flatten(0, 1).to(self.dtype)
+    def forward(self, batch: Batch, choose: Choose) -> Judged:
+        """Run a batch; `choose` sees float32 losses in nats, NaN where nothing is predicted, and gives a mask."""
+        output, targets = forward(self.opened, batch).flatten(0, 1), batch.targets.flatten()
+        if self.opened.linear:
             # Losses of the head are float32 whatever the dtype, so autocast ends before it.
-            loss_sum, losses, mask = KeptLoss.apply(hidden, weight.to(self.dtype), targets.flatten(),
-                                                    lambda flat: choose(flat.view(shape)).flatten())  # fmt: skip
-            return loss_sum, losses.view(shape), mask.view(shape)
-        losses = losses_of_logits(logits.flatten(0, 1), targets.flatten())[0].view(shape)
-        mask = choose(losses.detach())
-        return losses[mask].sum(), losses.detach(), mask
+            compute = self.opened.compute
+            weight = self.model.get_output_embeddings().weight
+            kept: Any = KeptLoss.apply(
+                output.to(compute),
+                weight.to(compute),
+                targets,
+                lambda losses: choose(losses.view_as(batch.targets)).flatten(),
+            )
+            loss_sum, losses, mask = kept
+        else:
+            losses = losses_of_logits(output, targets).loss
+            mask = choose(losses.detach().view_as(batch.targets)).flatten()
+            loss_sum = losses[mask].sum()
+        return Judged(loss_sum, losses.detach().view_as(batch.targets), mask.view_as(batch.targets))
 
 
 def parallelize(live: Live, world: int) -> Live:
     """Shard parameters, gradients and optimizer state over the ranks (FSDP2), one unit a decoder layer."""
     if world == 1:
         return live
-    policy = MixedPrecisionPolicy(param_dtype=live.dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    compute = live.opened.compute
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=torch.float32)
     for layer in decoder_layers(live.model):
         fully_shard(layer, mp_policy=policy)
     # The root unit holds embeddings, last norm and head: gathered once, for the forward and the kept-rows backward.
@@ -67,6 +82,6 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise UserError(
-            f"{type(model).__name__}: no list of decoder layers found, so it cannot be sharded; use one GPU"
+            f"base: {type(model).__name__} has no list of decoder layers, so it cannot be sharded", "use one GPU"
         )
     return max(lists, key=len)

@@ -3,27 +3,33 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from schemas.batch import IGNORE
 from schemas.config import Context, Train
 from schemas.errors import UserError
+from schemas.fingerprint import model_fingerprint, tokenizer_fingerprint
+from schemas.lock import locked
+from schemas.models import open_model
 from trainer import checkpoint
+from trainer.checkpoint import State
 from trainer.data import Source
 from trainer.live import Live, parallelize
 from trainer.metrics import Log, StepStats
-from trainer.optimizer import learning_rate
+from trainer.optimizer import adamw, learning_rate
 from trainer.ranks import Ranks
-from trainer.selection import chooser, selected_tokens, token_scores
-from trainer.stream import Geometry, Micro, Step, prefetched, steps
+from trainer.selection import Selection
+from trainer.stream import Geometry, MicroBatch, Order, Step, prefetched, steps
 
-# What a checkpoint may not be resumed without: everything that decides the numbers.
-NOT_SETTINGS = {"output", "checkpoint_every", "keep_checkpoints", "evaluate_every", "micro_rows"}
+# What may differ on resume: it decides no number.
+FREE_SETTINGS = {"output", "run", "checkpoint_every", "keep_checkpoints", "evaluate_every", "micro_rows", "partial"}
+VERSIONS = ("torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -39,130 +45,139 @@ class Run:
     evaluate: Callable[[Live], dict[str, float]] | None = None
     report: Callable[[dict[str, Any], float], None] = lambda row, done: None
 
+    @property
+    def selection(self) -> Selection:
+        """Which tokens count."""
+        return Selection.of(self.config.objective, self.config.scope, self.config.keep)
+
 
 def train(run: Run) -> Path:
     """Train to the end, going on from the last checkpoint if there is one; returns the folder of the final model.
 
     Raises UserError for settings that cannot work or differ from the checkpoint's, and for a non-finite loss.
     """
-    config, ranks, final = run.config, run.ranks, run.config.output / "final"
-    geometry = cut(run)
-    settings = settings_of(config, geometry)
-    saved = final if (final / "state.json").exists() else checkpoint.latest(config.output / "checkpoints")
-    state = checkpoint.State(0, 0, 0, 0, run.source.fingerprint, settings)
+    output = run.config.output
+    with locked(output, "training run") if run.ranks.first else nullcontext():
+        if run.ranks.first:
+            checkpoint.remove_unfinished(output)
+        return _train(run, output / "final")
+
+
+def _train(run: Run, final: Path) -> Path:
+    origin = run.ranks.share(origin_of(run) if run.ranks.first else {})
+    saved = final if final.exists() else checkpoint.newest(run.config.output / "checkpoints")
+    state = State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin)
     if saved:
         state = checkpoint.load_state(saved)
-        checkpoint.refuse_changes(saved, state, run.source.fingerprint, settings)
+        checkpoint.refuse_changes(saved, state, origin)
     if saved == final:
         return final
     live, optimizer = build(run, saved)
-    log = Log(config.output, state.step) if ranks.first else None
+    geometry = geometry_of(run, alone=live.opened.isolation == "alone")
+    log = Log(run.config.output, state.step) if run.ranks.first else None
+    if log:
+        log.write("model", state.step, {"isolation": live.opened.isolation, "linear_head": live.opened.linear})
     if state.step == 0:
-        _evaluate(run, live, log, state)
-    stream = steps(run.source, geometry, config.seed, config.shuffle_groups, state.position)
-    with closing(prefetched(stream)) as fetched:
-        state = loop(run, live, optimizer, fetched, geometry, state, log)
-    if not config.evaluate_every or state.step % config.evaluate_every:
-        _evaluate(run, live, log, state)
-    checkpoint.save(final, live, run.tokenizer, None, state, ranks)
+        evaluate(run, live, log, state)
+    order = Order(run.source, run.config.seed, run.config.shuffle_groups, run.selection.columns)
+    with closing(prefetched(steps(order, geometry, state.position))) as stream:
+        state = loop(run, live, optimizer, stream, geometry, state, log)
+    if not run.config.evaluate_every or state.step % run.config.evaluate_every:
+        evaluate(run, live, log, state)
+    checkpoint.save(final, live, run.tokenizer, None, state, run.ranks)
     if log:
         log.close()
     return final
 
 
 def loop(
-    run: Run, live: Live, optimizer: torch.optim.Optimizer, stream: Iterator[Step], geometry: Geometry,
-    state: checkpoint.State, log: Log | None,
-) -> checkpoint.State:  # fmt: skip
-    """Steps until the run is done; returns the last state. A SIGTERM saves and leaves with status 143."""
-    config, ranks, stop = run.config, run.ranks, _Stop()
+    run: Run,
+    live: Live,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Step],
+    geometry: Geometry,
+    state: State,
+    log: Log | None,
+) -> State:
+    """Steps until the run is done; returns the last state. SIGTERM and SIGINT save, then leave with 143 and 130."""
+    config, stop = run.config, Stop()
     while (done := progress(run, state.step, state.position, geometry)) < 1:
         started = time.perf_counter()
         step = next(stream)
         waited = time.perf_counter() - started
         # The rate of the step's middle: neither the first step's nor the last's is zero.
         rate = learning_rate(config, (done + progress(run, state.step + 1, step.position, geometry)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        row = optimize(live, optimizer, step, run, state.step)
-        seconds = time.perf_counter() - started
-        state = advance(state, step, row)
-        row |= {"tokens_seen": state.tokens_seen, "tokens_selected": state.tokens_selected, "position": state.position,
-                "learning_rate": rate, "tokens_per_second": step.tokens / seconds,
-                "data_wait": waited / seconds, "padding": step.padding,
-                "epoch": state.position // int(run.source.group_sizes.sum())}  # fmt: skip
+        row = optimize(live, optimizer, step, run, state.step, rate)
+        state = advance(state, step, int(row.pop("selected")))
+        row |= figures(run, state, step, rate, time.perf_counter() - started, waited)
         if log:
             log.write("train", state.step, row)
         run.report(row, progress(run, state.step, state.position, geometry))
         if config.evaluate_every and state.step % config.evaluate_every == 0:
-            _evaluate(run, live, log, state)
-        asked = ranks.any(stop.asked)
+            evaluate(run, live, log, state)
+        asked = run.ranks.any(stop.status > 0)
         if asked or state.step % config.checkpoint_every == 0:
             folder = config.output / "checkpoints"
-            checkpoint.save(folder / f"step-{state.step:07d}", live, run.tokenizer, optimizer, state, ranks)
-            checkpoint.prune(folder, config.keep_checkpoints, ranks)
+            checkpoint.save(folder / f"step-{state.step:07d}", live, run.tokenizer, optimizer, state, run.ranks)
+            checkpoint.prune(folder, config.keep_checkpoints, run.ranks)
         if asked:
-            raise SystemExit(143)
+            raise SystemExit(stop.status or 143)
     return state
 
 
-def settings_of(config: Train, geometry: Geometry) -> dict[str, Any]:
-    """The settings a resumed run must share. `micro` selection also depends on the rows ranked together."""
-    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_SETTINGS}
-    if config.scope == "micro" and config.objective != "clm":
-        settings["micro_rows x ranks"] = geometry.micro_rows * geometry.world
-    return settings
-
-
-def optimize(live: Live, optimizer: torch.optim.Optimizer, step: Step, run: Run, number: int) -> dict[str, Any]:
+def optimize(
+    live: Live, optimizer: torch.optim.Optimizer, step: Step, run: Run, number: int, rate: float
+) -> dict[str, Any]:
     """One optimizer step. The loss is the mean over the selected tokens of the whole step (equation 4)."""
-    config, ranks = run.config, run.ranks
-    divisor = max(1, selected_tokens(config.objective, config.scope, config.keep, step.micros))
+    config, ranks, selection = run.config, run.ranks, run.selection
+    divisor = max(1, sum(selection.count(micro.counts) for micro in step.micros))
     stats = StepStats(ranks.device)
-    torch.manual_seed(config.seed * 1_000_003 + number * 1_009 + ranks.rank)  # dropout, if the model has any
+    torch.manual_seed(config.seed * 1_000_003 + number * 1_009 + ranks.rank)  # dropout, if it is asked for
     for index, micro in enumerate(micro.to(ranks.device) for micro in step.micros):
         if ranks.world > 1:
             live.set_requires_gradient_sync(index == len(step.micros) - 1)  # type: ignore[operator]
-        choose = chooser(config.objective, config.scope, config.keep, micro, ranks.rank, ranks.world)
-        loss_sum, losses, mask = live(micro.ids, micro.positions, micro.targets, choose)
-        (loss_sum / divisor).backward()
-        stats.add(losses, mask, micro.targets, threshold(config, losses, mask, micro))
-    row = stats.means(ranks.sum(stats.sums), ranks.world)
+        judged = live(micro.batch, chooser(selection, micro, ranks))
+        (judged.loss_sum / divisor).backward()
+        scores = selection.scores(judged.losses, micro.columns)
+        stats.add(judged.losses, judged.mask, micro.batch.targets != IGNORE, scores)
+    row = stats.means(ranks)
     norm: Any = torch.nn.utils.clip_grad_norm_(live.parameters(), config.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if row.pop("broken") or not torch.isfinite(norm):
-        raise UserError(f"{config.output}: loss or gradient is not finite at step {number + 1}; lower train.learning_rate"
-                        " (the last checkpoint is untouched)")  # fmt: skip
+        raise UserError(
+            f"{config.output}: loss or gradient is not finite at step {number + 1}",
+            "lower train.learning_rate (the last checkpoint is untouched)",
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return row | {"grad_norm": float(norm)}
 
 
-def threshold(config: Train, losses: torch.Tensor, mask: torch.Tensor, micro: Micro) -> torch.Tensor:
-    """The lowest score that was selected (nats for `slm`), NaN for plain training or an empty selection."""
-    if config.objective == "clm" or not mask.any():
-        return losses.new_tensor(torch.nan)
-    return token_scores(config.objective, losses, micro)[mask].min()
+def chooser(selection: Selection, micro: MicroBatch, ranks: Ranks) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The selection as the live model asks it: from losses to the mask of this rank's tokens."""
+    return lambda losses: selection.mask(losses, micro.columns, micro.batch.owner, ranks.gather, ranks.rank)
 
 
 def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
     """The live model on its device, sharded if there are several ranks, and its optimizer."""
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(saved or run.base, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"base: {saved or run.base} cannot be loaded: {str(error).splitlines()[0]}") from error
-    live = Live(model.to(run.ranks.device).train(), getattr(torch, run.config.dtype))
-    live = parallelize(live, run.ranks.world)
-    decayed = [parameter for parameter in live.parameters() if parameter.ndim >= 2]
-    plain = [parameter for parameter in live.parameters() if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": run.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=run.config.learning_rate, betas=run.config.betas)
+    opened = open_model(
+        saved or run.base,
+        "checkpoint" if saved else "base",
+        run.context.window,
+        compute=getattr(torch, run.config.dtype),
+        device=run.ranks.device,
+        dropout=run.config.dropout,
+    )
+    live = parallelize(Live(opened), run.ranks.world)
+    optimizer = adamw(live.parameters(), run.config)
     if saved:
         checkpoint.load_optimizer(saved, live, optimizer)
     return live, optimizer
 
 
-def cut(run: Run) -> Geometry:
+def geometry_of(run: Run, alone: bool = False) -> Geometry:
     """How a step is cut: `train.micro_rows` a forward, or the most below it that divides the step evenly.
 
     Raises UserError if the step's rows cannot be shared out.
@@ -171,15 +186,33 @@ def cut(run: Run) -> Geometry:
     row_tokens = config.row_tokens or run.context.window
     rows = max(1, config.tokens_per_step // row_tokens)
     if row_tokens < run.context.window:
-        raise UserError(f"train.row_tokens: {row_tokens} is less than context.window ({run.context.window}); raise it")
+        raise UserError(
+            f"train.row_tokens: {row_tokens} is less than context.window ({run.context.window})", "raise it"
+        )
     if rows % ranks.world:
         raise UserError(
-            f"train.tokens_per_step: {rows} rows of {row_tokens} tokens cannot be shared out among {ranks.world} ranks;"
-            f" make it a multiple of {row_tokens * ranks.world}, or change the number of ranks"
+            f"train.tokens_per_step: {rows} rows of {row_tokens} tokens cannot be shared out among {ranks.world} ranks",
+            f"make it a multiple of {row_tokens * ranks.world}, or change the number of ranks",
         )
     own = rows // ranks.world
     micro_rows = next(size for size in range(min(config.micro_rows, own), 0, -1) if own % size == 0)
-    return Geometry(rows, row_tokens, micro_rows, ranks.rank, ranks.world)
+    return Geometry(rows, row_tokens, micro_rows, ranks.rank, ranks.world, alone)
+
+
+def origin_of(run: Run) -> dict[str, Any]:
+    """All that decides the numbers of a run. `micro` selection also depends on the rows that are ranked together."""
+    config, geometry = run.config, geometry_of(run)
+    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_SETTINGS}
+    if not run.selection.splits:
+        settings["micro_rows x ranks"] = geometry.micro_rows * geometry.world
+    return {
+        "base": model_fingerprint(run.base),
+        "dataset": run.source.fingerprint,
+        "tokenizer": tokenizer_fingerprint(run.tokenizer) if run.tokenizer is not None else None,
+        "context": run.context.model_dump(),
+        "train": settings,
+        "versions": {package: version(package) for package in VERSIONS},
+    }
 
 
 def progress(run: Run, step: int, position: int, geometry: Geometry) -> float:
@@ -189,35 +222,55 @@ def progress(run: Run, step: int, position: int, geometry: Geometry) -> float:
     return min(1.0, position / ((run.config.epochs or 1) * int(run.source.group_sizes.sum())))
 
 
-def advance(state: checkpoint.State, step: Step, row: dict[str, Any]) -> checkpoint.State:
+def advance(state: State, step: Step, selected: int) -> State:
     """The state after a step. Tokens seen are real ones, without padding."""
-    return checkpoint.State(
-        state.step + 1,
-        step.position,
-        state.tokens_seen + step.tokens,
-        state.tokens_selected + int(row.pop("selected")),
-        state.dataset,
-        state.settings,
+    return State(
+        step=state.step + 1,
+        position=step.position,
+        tokens_seen=state.tokens_seen + step.tokens,
+        tokens_selected=state.tokens_selected + selected,
+        origin=state.origin,
     )
 
 
-class _Stop:
-    """Remembers a SIGTERM, so that a preempted run saves at the next step's end."""
+def figures(run: Run, state: State, step: Step, rate: float, seconds: float, waited: float) -> dict[str, Any]:
+    """What a row of metrics says besides the losses; `data_wait` is the share of the step spent waiting for data."""
+    return {
+        "tokens_seen": state.tokens_seen,
+        "tokens_selected": state.tokens_selected,
+        "position": state.position,
+        "learning_rate": rate,
+        "tokens_per_second": step.tokens / seconds,
+        "data_wait": waited / seconds,
+        "padding": step.padding,
+        "epoch": state.position // int(run.source.group_sizes.sum()),
+    }
 
-    def __init__(self) -> None:
-        self.asked = False
-        with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
-            signal.signal(signal.SIGTERM, self._ask)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-
-def _evaluate(run: Run, live: Live, log: Log | None, state: checkpoint.State) -> None:
+def evaluate(run: Run, live: Live, log: Log | None, state: State) -> None:
+    """Held-out figures into the log, without dropout."""
     if run.evaluate is None:
         return
-    live.eval()
-    figures = run.evaluate(live)
-    live.train()
+    live.model.eval()
+    found = run.evaluate(live)
+    live.model.train(run.config.dropout)
     if log:
-        log.write("eval", state.step, {"tokens_seen": state.tokens_seen, **figures})
+        log.write("eval", state.step, {"tokens_seen": state.tokens_seen, **found})
+
+
+class Stop:
+    """Remembers a SIGTERM or SIGINT, so that a run saves at the step's end; a second one leaves at once.
+
+    `status`: the exit status that was asked for, 0 until then.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+            for name in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(name, self._ask)
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        if self.status:
+            raise KeyboardInterrupt
+        self.status = 128 + number

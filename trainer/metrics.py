@@ -1,7 +1,6 @@
 """Metrics: JSON lines that survive a crash and are cut back on resume, and the same numbers for TensorBoard."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +8,48 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from schemas.files import write_atomic
+from trainer.ranks import Ranks
 
 
 class StepStats:
-    """Sums over a step's micro-batches and ranks; means are taken once, at the end."""
+    """Figures of one optimizer step: summed over its micro-batches, then once over the ranks."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
-        self.thresholds = 0
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.lowest = torch.full((1,), torch.inf, device=device)
 
     @torch.no_grad()
-    def add(self, losses: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor, threshold: torch.Tensor) -> None:
-        """losses: float32 nats, NaN where nothing is predicted; mask: what is trained on."""
-        predicted = targets != -100
+    def add(
+        self, losses: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor, scores: torch.Tensor | None
+    ) -> None:
+        """losses: float32 nats; mask: what is trained on; predicted: where there is a loss; scores: what was ranked."""
         broken = predicted & ~torch.isfinite(losses)
         kept, dropped = losses[mask], losses[predicted & ~mask]
-        counts = [kept.sum(), dropped.sum(), kept.numel(), dropped.numel(), broken.sum(), threshold]
         self.sums += torch.stack(
-            [torch.as_tensor(value, dtype=torch.float64, device=self.sums.device) for value in counts]
+            [
+                kept.sum(dtype=torch.float64),
+                dropped.sum(dtype=torch.float64),
+                mask.sum().double(),
+                (predicted & ~mask).sum().double(),
+                broken.sum().double(),
+            ]
         )
-        self.thresholds += 1
+        if scores is not None:
+            self.lowest = torch.minimum(self.lowest, torch.where(mask, scores, torch.inf).min())
 
-    def means(self, sums: torch.Tensor, world: int) -> dict[str, float | None]:
-        """Losses in nats/token over all, kept and dropped tokens, the threshold in nats, and the realised keep ratio."""
-        kept, dropped, kept_count, dropped_count, broken, threshold = sums.tolist()
+    def means(self, ranks: Ranks) -> dict[str, float | None]:
+        """Losses in nats/token over all, kept and dropped tokens, and the realised keep ratio.
+
+        `threshold` is the lowest score that was selected anywhere in the step (nats for `slm`), None if none was ranked.
+        """
+        kept, dropped, kept_count, dropped_count, broken = ranks.sum(self.sums).tolist()
+        lowest = float(ranks.least(self.lowest))
         every = kept_count + dropped_count
         return {
             "loss_all": (kept + dropped) / max(every, 1),
             "loss_kept": kept / max(kept_count, 1),
             "loss_dropped": dropped / dropped_count if dropped_count else None,
-            "threshold": None if math.isnan(threshold) else threshold / (self.thresholds * world),
+            "threshold": lowest if lowest != float("inf") else None,
             "keep": kept_count / max(every, 1),
             "broken": broken,
             "selected": kept_count,
@@ -76,7 +87,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            rows.append({**row, "kind": row["kind"], "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
             break
     return rows

@@ -1,6 +1,9 @@
-"""Learning-rate schedules as pure functions of the share of the run that is done."""
+"""The optimizer: AdamW over two groups of parameters, and learning rates as a pure function of the share done."""
 
 import math
+from collections.abc import Iterable
+
+import torch
 
 from schemas.config import Train
 
@@ -19,3 +22,13 @@ def learning_rate(config: Train, done: float) -> float:
         left = (1 - done) / config.decay
         factor = floor + (1 - floor) * min(1.0, max(0.0, left))
     return config.learning_rate * factor
+
+
+def adamw(parameters: Iterable[torch.nn.Parameter], config: Train) -> torch.optim.AdamW:
+    """AdamW that decays matrices, and leaves norms and biases (fewer than two dimensions) alone."""
+    every = list(parameters)
+    groups = [
+        {"params": [parameter for parameter in every if parameter.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in every if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)

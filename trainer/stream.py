@@ -7,45 +7,45 @@ before any forward, and no rank has state of its own.
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from schemas.batch import IGNORE, RowFiller, Rows, collate
+from schemas.batch import Batch, RowFiller, collate
+from schemas.errors import UserError
 from trainer.data import Placed, Source, ordered
 
 PREFETCHED_STEPS = 2
+JOIN_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Micro:
-    """One rank's share of one forward: tensors [rows, row_tokens] at the column that predicts each token.
+class MicroBatch:
+    """One rank's share of one forward.
 
-    ref_loss: float32 nats, NaN where there is none. window: int64, the row's window number within the
-    micro-batch of all ranks, -1 where nothing is predicted. chance: float32 in [0, 1), the control's score.
+    columns: what the selection reads, by name, float32 [rows, row_tokens] at the column that predicts each token.
     counts: valid tokens of every window of the micro-batch of all ranks.
     """
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    targets: torch.Tensor
-    ref_loss: torch.Tensor
-    window: torch.Tensor
-    chance: torch.Tensor
+    batch: Batch
+    columns: dict[str, torch.Tensor]
     counts: list[int]
 
-    def to(self, device: torch.device) -> "Micro":
+    def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`, copied without waiting."""
-        names = ("ids", "positions", "targets", "ref_loss", "window", "chance")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        columns = {name: values.to(device, non_blocking=True) for name, values in self.columns.items()}
+        return MicroBatch(batch=self.batch.to(device), columns=columns, counts=self.counts)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one rank computes for one optimizer step. `position` is the data state after the step."""
+    """What one rank computes for one optimizer step.
 
-    micros: list[Micro]
+    `position` is the data state after the step, `tokens` counts real ones on all ranks, `padding` is a share of the rows.
+    """
+
+    micros: list[MicroBatch]
     position: int
     tokens: int
     padding: float
@@ -53,26 +53,84 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How a step is cut: `rows` of `row_tokens` in all, `micro_rows` a forward on each of `world` ranks."""
+    """How a step is cut: `rows` of `row_tokens` in all, `micro_rows` a forward on each of `world` ranks.
+
+    alone: a row holds one window, for models whose windows cannot share one.
+    """
 
     rows: int
     row_tokens: int
     micro_rows: int
     rank: int = 0
     world: int = 1
+    alone: bool = False
 
 
-def steps(source: Source, geometry: Geometry, seed: int, shuffle_groups: int, position: int) -> Iterator[Step]:
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which windows come when: the data, and all that decides their order and draws."""
+
+    source: Source
+    seed: int
+    shuffle_groups: int
+    columns: tuple[str, ...] = ()
+
+
+def steps(order: Order, geometry: Geometry, position: int) -> Iterator[Step]:
     """Steps from `position` on, without end."""
-    order = ordered(source, seed, shuffle_groups, position)
-    waiting = next(order)
+    windows = ordered(order.source, order.seed, order.shuffle_groups, position)
+    waiting = next(windows)
     while True:
-        filler, members = RowFiller(geometry.rows, geometry.row_tokens), []
+        filler, members = RowFiller(geometry.rows, geometry.row_tokens, geometry.alone), []
         while filler.add(len(members), len(waiting.window.tokens)):
             members.append(waiting)
-            waiting = next(order)
+            waiting = next(windows)
         position += len(members)
-        yield _cut(filler.rows, members, geometry, seed, position)
+        yield _step(filler.rows, members, order, geometry, position)
+
+
+def _step(rows: list[list[int]], members: list[Placed], order: Order, geometry: Geometry, position: int) -> Step:
+    """Cut a step's rows: micro-batch after micro-batch, each rank's rows side by side.
+
+    Example, 8 rows, micro_rows 2, two ranks: rank 0 runs rows 0 1, then 4 5; rank 1 runs rows 2 3, then 6 7.
+    """
+    per_micro = geometry.micro_rows * geometry.world
+    micros = []
+    for start in range(0, geometry.rows, per_micro):
+        own = start + geometry.rank * geometry.micro_rows
+        counts = [len(members[i].window.tokens) - 1 for row in rows[start : start + per_micro] for i in row]
+        micros.append(_micro_batch(rows[own : own + geometry.micro_rows], members, counts, order, geometry.row_tokens))
+    tokens = sum(len(member.window.tokens) for member in members)
+    padding = 1 - tokens / (geometry.rows * geometry.row_tokens)
+    return Step(micros=micros, position=position, tokens=tokens, padding=padding)
+
+
+def _micro_batch(
+    rows: list[list[int]], members: list[Placed], counts: list[int], order: Order, row_tokens: int
+) -> MicroBatch:
+    own = [members[index] for row in rows for index in row]
+    numbers = iter(range(len(own)))
+    batch = collate(
+        [placed.window.tokens for placed in own], [[next(numbers) for _ in row] for row in rows], row_tokens
+    )
+    columns = {name: batch.spread([column(name, placed, order.seed) for placed in own]) for name in order.columns}
+    return MicroBatch(batch=batch, columns=columns, counts=counts)
+
+
+def column(name: str, placed: Placed, seed: int) -> np.ndarray:
+    """One window's values of a column: stored ones, or the control's draws. Raises UserError if there are none."""
+    if name == "chance":
+        return chance(seed, placed)
+    values = getattr(placed.window, name)
+    if values is None:
+        raise UserError(f"train.objective: needs the column `{name}`, which these scores do not have", "score it")
+    return values
+
+
+def chance(seed: int, placed: Placed) -> np.ndarray:
+    """Uniform numbers for a window's tokens: float32 [length], a function of seed, epoch and window alone."""
+    drawn = np.random.default_rng([seed, 0x5EED, placed.epoch, placed.key])
+    return drawn.random(len(placed.window.tokens), dtype=np.float32)
 
 
 def prefetched(stream: Iterator[Step]) -> Generator[Step, None, None]:
@@ -110,59 +168,4 @@ def prefetched(stream: Iterator[Step]) -> Generator[Step, None, None]:
             yield item
     finally:
         stop.set()
-        thread.join()
-
-
-def _cut(rows: list[list[int]], members: list[Placed], geometry: Geometry, seed: int, position: int) -> Step:
-    per_micro = geometry.micro_rows * geometry.world
-    micros = []
-    for start in range(0, geometry.rows, per_micro):
-        own = start + geometry.rank * geometry.micro_rows
-        micros.append(
-            _micro(rows[start : start + per_micro], rows[own : own + geometry.micro_rows], members, geometry, seed)
-        )
-    tokens = sum(len(member.window.tokens) for member in members)
-    return Step(micros, position, tokens, 1 - tokens / (geometry.rows * geometry.row_tokens))
-
-
-def _micro(every: list[list[int]], own: list[list[int]], members: list[Placed], geometry: Geometry, seed: int) -> Micro:
-    number = {index: i for i, index in enumerate(index for row in every for index in row)}
-    mine = [index for row in own for index in row]
-    local = {index: i for i, index in enumerate(mine)}
-    windows = [members[index].window for index in mine]
-    packed = collate(
-        [window.tokens for window in windows], [[local[i] for i in row] for row in own], geometry.row_tokens
-    )
-    unscored = [np.full(len(window.tokens), np.nan, np.float32) for window in windows]
-    ref = [
-        nothing if window.ref_loss is None else window.ref_loss
-        for window, nothing in zip(windows, unscored, strict=True)
-    ]
-    chance = [token_chance(seed, members[index].key, len(members[index].window.tokens)) for index in mine]
-    return Micro(
-        torch.from_numpy(packed.ids),
-        torch.from_numpy(packed.positions),
-        torch.from_numpy(packed.targets),
-        torch.from_numpy(packed.spread(ref)),
-        torch.from_numpy(_owners(packed, [number[index] for index in mine])),
-        torch.from_numpy(packed.spread(chance)),
-        [len(members[index].window.tokens) - 1 for index in number],
-    )
-
-
-def _owners(packed: Rows, numbers: list[int]) -> np.ndarray:
-    owners = packed.spread([np.full(length, number) for length, number in zip(_lengths(packed), numbers, strict=True)])
-    return np.where(packed.targets == IGNORE, -1, np.nan_to_num(owners, nan=-1)).astype(np.int64)
-
-
-def _lengths(packed: Rows) -> list[int]:
-    lengths = []
-    for row, start in packed.places:
-        ends = np.flatnonzero(packed.targets[row, start:] == IGNORE)
-        lengths.append(int(ends[0]) + 1)
-    return lengths
-
-
-def token_chance(seed: int, key: int, length: int) -> np.ndarray:
-    """Uniform numbers for a window's tokens: float32 [length], a function of the seed and the window alone."""
-    return np.random.default_rng([seed, 0x5EED, key]).random(length, dtype=np.float32)
+        thread.join(JOIN_SECONDS)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.report.chart import Point, Series, chart, coloured_text, frame_of, short, standalone
 from pipeline.report.page import Section, Token, definitions, document, key, page, table
-from pipeline.report.text import judge
+from pipeline.report.text import judge_documents
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.files import write_atomic
@@ -60,7 +60,7 @@ def build_report(config: Config) -> Path:
     if not arms:
         raise UserError(f"train.output: {config.train.output} has no arm's metrics.jsonl; run `tokensift train` first")
     cost = read_cost(config)
-    windows = judge(config) if "slm" in arms and arms["slm"].finished else []
+    windows = judge_documents(config) if "slm" in arms and arms["slm"].finished else []
     sections = [
         Section("Arms", arms_caption(arms), arms_table(arms)),
         *curve_sections(arms, cost),

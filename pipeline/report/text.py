@@ -2,18 +2,16 @@
 
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from pipeline.inspect import spell
 from pipeline.report.page import Token
-from schemas.batch import best_fit, collate
+from schemas.batch import collate
 from schemas.config import Config
-from schemas.loss import has_linear_head, model_losses
-from schemas.models import open_tokenizer
+from schemas.loss import batch_losses
+from schemas.models import open_model, open_tokenizer
 from schemas.receipt import Layout, read_receipts
 from schemas.shard import Window, check_windows, open_shard
 from trainer.selection import select_top
@@ -43,19 +41,17 @@ def chosen_windows(scores: Path) -> list[Window]:
 
 
 @torch.no_grad()
-def judge(config: Config) -> list[tuple[str, list[Token]]]:
+def judge_documents(config: Config) -> list[tuple[str, list[Token]]]:
     """Some windows with the final SLM model's losses beside the stored ones, kept tokens marked among all of them."""
     folder, windows = config.train.output / "slm" / "final", chosen_windows(config.score.output)
     if not windows:
         return []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.train.dtype) if device == "cuda" else torch.float32
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    model = loaded.to(device).eval()
+    model = open_model(folder, "slm", config.context.window, dtype=dtype, device=device)
     tokenizer, lengths = open_tokenizer(folder, "slm"), [len(window.tokens) for window in windows]
-    rows = collate([window.tokens for window in windows], best_fit(lengths, max(lengths)), max(lengths))
-    grids = (torch.from_numpy(grid).to(device) for grid in (rows.ids, rows.positions, rows.targets))
-    live = rows.gather(model_losses(model, *grids, has_linear_head(model))[0].cpu().numpy(), lengths)  # type: ignore[call-arg]
+    batch = collate([window.tokens for window in windows], model.rows(lengths, max(lengths))).to(device)
+    live = batch.gather(batch_losses(model, batch).loss)
     reference = [window.ref_loss.astype(np.float32) for window in windows]  # type: ignore[union-attr]
     excess = torch.from_numpy(np.concatenate(live) - np.concatenate(reference))
     kept = np.split(select_top(excess, config.train.keep).numpy(), np.cumsum(lengths)[:-1])

@@ -1,6 +1,7 @@
 """Scoring engines: what a worker asks of one, and the one that the config names."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,11 +10,19 @@ import numpy as np
 from schemas.config import Context, Score
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One window's figures, float32 [length] in nats, NaN at position 0; `entropy` is None where it was not asked for."""
+
+    loss: np.ndarray
+    entropy: np.ndarray | None = None
+
+
 class Engine(Protocol):
     """What a worker asks of an engine."""
 
-    def score(self, windows: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Losses and entropies (or None) of each window: float32 [length] in nats, NaN at position 0."""
+    def score(self, windows: Sequence[np.ndarray]) -> list[Scored]:
+        """Score windows of token ids. A pure function of them and of the machine's arithmetic."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -24,7 +33,7 @@ class Engine(Protocol):
 def open_engine(model: Path, context: Context, score: Score) -> Engine:
     """The engine that the config names, its model loaded. Raises UserError if it cannot be."""
     if score.engine == "vllm":
-        from score_jobs.engines.vllm import VllmEngine  # an optional package, and slow to import
+        from score_jobs.engines.vllm_offline import VllmEngine  # an optional package, and slow to import
 
         return VllmEngine(model, context.window, score.dtype, score.batch_tokens, score.gpus_per_worker, score.entropy)
     from score_jobs.engines.packed import PackedEngine  # torch and transformers: slow to import

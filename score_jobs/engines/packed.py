@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
-from schemas.batch import best_fit, collate
-from schemas.errors import UserError
-from schemas.loss import has_linear_head, model_losses
+from schemas.batch import collate
+from schemas.loss import batch_losses
+from schemas.models import open_model
+from score_jobs.engines import Scored
 
 
 class PackedEngine:
@@ -18,54 +18,33 @@ class PackedEngine:
 
     def __init__(self, model: Path, window: int, dtype: str, batch_tokens: int, device: str, entropy: bool = False):
         """Load the model. `batch_tokens` is rounded down to whole rows of `window` tokens, at least one."""
-        try:
-            # Attention is SDPA where the family has it; asking for it by name would refuse Gemma 2.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"score.model: {model} cannot be loaded: {str(error).splitlines()[0]}") from error
-        limit = getattr(loaded.config, "max_position_embeddings", window)
-        if limit < window:
-            raise UserError(f"context.window: {window} is more than the {limit} positions of {model}; lower it")
-        self.model = loaded.to(device).eval()
-        self.linear = has_linear_head(self.model)
+        self.model = open_model(model, "score.model", window, dtype=getattr(torch, dtype), device=device)
         self.device, self.window, self.entropy = device, window, entropy
         self.rows_per_batch = max(1, batch_tokens // window)
 
     @torch.inference_mode()
-    def score(self, windows: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Losses and entropies of each window: float32 [length] in nats, NaN at position 0.
-
-        A pure function of the windows (and of the machine's arithmetic): the packing does not depend on history.
-        """
-        results: list = [None] * len(windows)
+    def score(self, windows: Sequence[np.ndarray]) -> list[Scored]:
+        """Losses and entropies of each window. What shares a batch is a function of the windows alone."""
+        results: dict[int, Scored] = {}
         # Rows of one window first, so that they share batches: those need no block-diagonal mask.
-        rows = sorted(best_fit([len(window) for window in windows], self.window), key=len)
+        rows = sorted(self.model.rows([len(window) for window in windows], self.window), key=len)
         for start in range(0, len(rows), self.rows_per_batch):
             batch = rows[start : start + self.rows_per_batch]
             members = [index for row in batch for index in row]
-            for index, result in zip(members, self._score_rows([windows[i] for i in members], batch), strict=True):
-                results[index] = result
-        return results
+            results.update(zip(members, self._score_rows([windows[i] for i in members], batch), strict=True))
+        return [results[index] for index in range(len(windows))]
 
     def describe(self) -> dict[str, Any]:
         """What a receipt says of the engine."""
-        return {"name": "hf-packed", "linear_head": self.linear}
+        return {"name": "hf-packed", "linear_head": self.model.linear, "isolation": self.model.isolation}
 
-    def _score_rows(self, windows: list[np.ndarray], batch: list[list[int]]) -> list:
-        counts = iter(range(len(windows)))
-        packed = collate(windows, [[next(counts) for _ in row] for row in batch], self.window)
-        # Without the longest row's tail of padding, a batch of short documents costs what it holds.
-        width = max(start + len(window) for window, (_, start) in zip(windows, packed.places, strict=True))
-        positions = packed.positions
-        if all(len(row) == 1 for row in batch):
-            # Padding after the only window is out of a causal model's sight. Positions that never restart let
-            # attention run causal, without a mask, at half the cost.
-            positions = np.broadcast_to(np.arange(self.window), packed.ids.shape)
-        ids, positions, targets = (
-            torch.from_numpy(grid[:, :width].copy()).to(self.device) for grid in (packed.ids, positions, packed.targets)
-        )
-        losses, entropies = model_losses(self.model, ids, positions, targets, self.linear, self.entropy)
-        lengths = [len(window) for window in windows]
-        values = packed.gather(losses.cpu().numpy(), lengths)
-        uncertain = packed.gather(entropies.cpu().numpy(), lengths) if entropies is not None else [None] * len(values)
-        return list(zip(values, uncertain, strict=True))
+    def _score_rows(self, windows: list[np.ndarray], rows: list[list[int]]) -> list[Scored]:
+        """Score windows that stand in these rows, in the rows' order."""
+        numbers = iter(range(len(windows)))
+        batch = collate(windows, [[next(numbers) for _ in row] for row in rows]).to(self.device)
+        losses = batch_losses(self.model, batch, self.entropy)
+        values = batch.gather(losses.loss)
+        if losses.entropy is None:
+            return [Scored(loss=loss) for loss in values]
+        pairs = zip(values, batch.gather(losses.entropy), strict=True)
+        return [Scored(loss=loss, entropy=entropy) for loss, entropy in pairs]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from schemas.errors import UserError
+from score_jobs.engines import Scored
 
 
 class VllmEngine:
@@ -49,7 +50,7 @@ class VllmEngine:
             max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
 
-    def score(self, windows: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def score(self, windows: Sequence[np.ndarray]) -> list[Scored]:
         """Losses of each window: float32 [length] in nats, NaN at position 0."""
         results = [np.full(len(window), np.nan, dtype=np.float32) for window in windows]
         scored = [index for index, window in enumerate(windows) if len(window) > 1]
@@ -62,7 +63,7 @@ class VllmEngine:
             if not np.array_equal(np.asarray(flat.token_ids)[starts], windows[index][1:]):
                 raise RuntimeError(f"vllm gave log-probabilities of other tokens than the {length} it was given")
             results[index][1:] = -np.asarray(flat.logprobs, dtype=np.float32)[starts]
-        return [(losses, None) for losses in results]
+        return [Scored(loss=losses) for losses in results]
 
     def describe(self) -> dict[str, Any]:
         """What a receipt says of the engine."""

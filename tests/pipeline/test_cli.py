@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
 from pipeline.cli import app
 from schemas.config import Config, load_config
+from schemas.models import open_model
 from trainer.data import ScoreShards
 from trainer.live import Live
-from trainer.selection import token_scores
-from trainer.stream import Geometry, steps
+from trainer.selection import Selection
+from trainer.stream import Geometry, Order, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = sorted(
@@ -73,11 +73,13 @@ def test_a_users_mistake_is_one_error_that_names_field_and_fix(
 
 def excess_is_zero_under_the_reference(config: Config, folder: Path) -> None:
     """Law 6 on the demo's own reference: what is left is the rounding of stored losses to float16."""
-    live = Live(AutoModelForCausalLM.from_pretrained(folder / config.score.model), torch.float32)
-    micro = next(steps(ScoreShards(folder / config.score.output), Geometry(16, 256, 16), 0, 16, 0)).micros[0]
+    live = Live(open_model(folder / config.score.model, "score.model", 256))
+    selection = Selection.of("slm", "micro", 0.3)
+    order = Order(ScoreShards(folder / config.score.output), 0, 16, selection.columns)
+    micro = next(steps(order, Geometry(16, 256, 16), 0)).micros[0]
     with torch.no_grad():
-        losses = live(micro.ids, micro.positions, micro.targets, lambda losses: ~torch.isnan(losses))[1]
-    excess = token_scores("slm", losses, micro)
+        losses = live(micro.batch, lambda losses: ~torch.isnan(losses)).losses
+    excess = selection.scores(losses, micro.columns)
     assert int((~torch.isnan(excess)).sum()) > 1000
     half_a_step = torch.from_numpy(np.spacing(losses.nan_to_num().half().numpy())).float() / 2
     assert bool((excess.nan_to_num().abs() <= half_a_step + 1e-4).all())

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.evaluate import TargetLoss, answers, evaluate_models, exact_match, read_rows
 from schemas.config import Config
 from schemas.errors import UserError
+from schemas.forward import Opened
 from trainer.live import Live
 
 ROWS = [
@@ -50,7 +51,9 @@ def test_the_target_loss_is_the_plain_forwards_mean_over_the_texts_tokens_given_
         nats -= sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(text))
         tokens, size = tokens + len(text), size + len(row["text"].encode())
     path = write_rows(tmp_path / "target.jsonl", ROWS)
-    found = TargetLoss(path, tokenizer, scores.context, batch_tokens)(Live(model, torch.float32))
+    found = TargetLoss(path, tokenizer, scores.context, batch_tokens)(
+        Live(Opened(module=model, linear=True, isolation="packed", compute=torch.float32))
+    )
     assert found["target_loss"] == pytest.approx(nats / tokens, abs=1e-5)
     assert found["target_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, abs=1e-5)
 

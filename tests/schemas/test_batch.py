@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.batch import IGNORE, RowFiller, best_fit, collate
+from schemas.batch import IGNORE, RowFiller, best_fit, collate, one_a_row
 
 ROW = 24
 LENGTHS = st.lists(st.integers(1, ROW), max_size=40)
@@ -51,9 +51,13 @@ def test_collate_lays_every_token_out_exactly_once_and_in_order(lengths: list[in
     packed = collate(windows, best_fit(lengths, ROW), ROW)
     laid = packed.ids[packed.ids != 0]
     assert sorted(laid.tolist()) == list(range(1, 1 + sum(lengths)))
-    for window, (row, start) in zip(windows, packed.places, strict=True):
-        assert np.array_equal(packed.ids[row, start : start + len(window)], window)
-        assert np.array_equal(packed.positions[row, start : start + len(window)], np.arange(len(window)))
+    for number, (window, place) in enumerate(zip(windows, packed.places, strict=True)):
+        own = (place.row, slice(place.start, place.start + place.length))
+        assert place.length == len(window)
+        assert packed.ids[own].tolist() == window.tolist()
+        assert packed.positions[own].tolist() == list(range(len(window)))
+        assert set(packed.owner[own].tolist()) == {number}
+    assert int((packed.owner >= 0).sum()) == sum(lengths)
 
 
 @given(LENGTHS)
@@ -62,9 +66,9 @@ def test_every_token_but_a_windows_first_is_predicted_exactly_once_from_its_own_
     packed = collate(windows, best_fit(lengths, ROW), ROW)
     predicted = packed.targets[packed.targets != IGNORE]
     assert sorted(predicted.tolist()) == sorted(int(token) for window in windows for token in window[1:])
-    rows, columns = np.nonzero(packed.targets != IGNORE)
-    assert np.array_equal(packed.targets[rows, columns], packed.ids[rows, columns + 1])
-    assert np.array_equal(packed.positions[rows, columns] + 1, packed.positions[rows, columns + 1])
+    rows, columns = torch.nonzero(packed.targets != IGNORE).unbind(1)
+    assert torch.equal(packed.targets[rows, columns], packed.ids[rows, columns + 1])
+    assert torch.equal(packed.positions[rows, columns] + 1, packed.positions[rows, columns + 1])
 
 
 @given(LENGTHS)
@@ -75,17 +79,17 @@ def test_transformers_reads_each_window_as_a_sequence_of_its_own_off_the_positio
     packed = collate(windows, best_fit(lengths, ROW), ROW)
     if not lengths:
         return
-    sequences = find_packed_sequence_indices(torch.from_numpy(packed.positions))
+    sequences = find_packed_sequence_indices(packed.positions)
     if sequences is None:
-        assert all(len(row) == 1 for row in best_fit(lengths, ROW)) and min(lengths) == ROW
+        assert all(len(row) == 1 for row in best_fit(lengths, ROW))
         return
     seen = []
-    for window, (row, start) in zip(windows, packed.places, strict=True):
-        found = set(sequences[row, start : start + len(window)].tolist())
+    for place in packed.places:
+        found = set(sequences[place.row, place.start : place.start + place.length].tolist())
         assert len(found) == 1
-        seen.append((row, found.pop()))
+        seen.append((place.row, found.pop()))
     assert len(set(seen)) == len(windows)
-    padding = {(int(row), int(sequences[row, column])) for row, column in np.argwhere(packed.ids == 0)}
+    padding = {(int(row), int(sequences[row, column])) for row, column in np.argwhere(packed.ids.numpy() == 0)}
     assert not padding & set(seen)
 
 
@@ -97,6 +101,20 @@ def test_gather_is_the_inverse_of_spread(lengths: list[int], seed: int) -> None:
         window[0] = np.nan
     packed = collate(make_windows(lengths), best_fit(lengths, ROW), ROW)
     grid = packed.spread(values)
-    again = packed.gather(grid, lengths)
+    again = packed.gather(grid)
     assert all(np.array_equal(old, new, equal_nan=True) for old, new in zip(values, again, strict=True))
-    assert np.array_equal(np.isnan(grid), packed.targets == IGNORE)
+    assert torch.equal(torch.isnan(grid), packed.targets == IGNORE)
+
+
+@given(LENGTHS.filter(len))
+def test_windows_alone_in_their_rows_never_restart_and_pad_to_the_longest(lengths: list[int]) -> None:
+    packed = collate(make_windows(lengths), one_a_row(lengths))
+    assert packed.ids.shape == (len(lengths), max(lengths))
+    assert all(row.tolist() == list(range(max(lengths))) for row in packed.positions)
+    assert sorted(place.row for place in packed.places) == list(range(len(lengths)))
+
+
+def test_a_row_filler_that_keeps_windows_alone_gives_each_a_row() -> None:
+    filler = RowFiller(3, ROW, alone=True)
+    assert [filler.add(index, 2) for index in range(4)] == [True, True, True, False]
+    assert filler.rows == [[0], [1], [2]]

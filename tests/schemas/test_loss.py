@@ -13,7 +13,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.batch import IGNORE, best_fit, collate
-from schemas.loss import has_linear_head, losses_of_logits, model_losses, token_losses
+from schemas.forward import Opened
+from schemas.loss import batch_losses, losses_of_logits, token_losses
+from schemas.probe import has_linear_head
 
 TOLERANCE_NATS = 1e-4
 VOCABULARY, ROW = 120, 48
@@ -61,12 +63,12 @@ def plain(model: Any, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def packed_losses(model: Any, linear: bool) -> list[tuple[np.ndarray, np.ndarray]]:
     windows = make_windows()
     lengths = [len(window) for window in windows]
-    packed = collate(windows, best_fit(lengths, ROW), ROW)
-    grids = [torch.from_numpy(grid) for grid in (packed.ids, packed.positions, packed.targets)]
-    losses, entropies = model_losses(model, *grids, linear, entropy=True)
-    assert entropies is not None
-    assert torch.equal(torch.isnan(losses), grids[2] == IGNORE)
-    both = (packed.gather(losses.numpy(), lengths), packed.gather(entropies.numpy(), lengths))
+    batch = collate(windows, best_fit(lengths, ROW), ROW)
+    opened = Opened(module=model, linear=linear, isolation="packed", compute=torch.float32)
+    losses = batch_losses(opened, batch, entropy=True)
+    assert losses.entropy is not None
+    assert torch.equal(torch.isnan(losses.loss), batch.targets == IGNORE)
+    both = (batch.gather(losses.loss), batch.gather(losses.entropy))
     return [(loss[1:], entropy[1:]) for loss, entropy in zip(*both, strict=True)]
 
 
@@ -101,11 +103,11 @@ def test_law_5_the_engine_gives_the_plain_forwards_losses_whatever_the_batch(tin
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     for batch_tokens in (1, 150, 10_000):
         engine = PackedEngine(tiny_model, ROW, "float32", batch_tokens, "cpu", entropy=True)
-        for window, (losses, entropies) in zip(windows, engine.score(windows), strict=True):
-            assert np.isnan(losses[0]) and entropies is not None and np.isnan(entropies[0])
+        for window, scored in zip(windows, engine.score(windows), strict=True):
+            assert np.isnan(scored.loss[0]) and scored.entropy is not None and np.isnan(scored.entropy[0])
             expected_losses, expected_entropies = plain(model, window)
-            np.testing.assert_allclose(losses[1:], expected_losses, atol=TOLERANCE_NATS, rtol=0)
-            np.testing.assert_allclose(entropies[1:], expected_entropies, atol=TOLERANCE_NATS, rtol=0)
+            np.testing.assert_allclose(scored.loss[1:], expected_losses, atol=TOLERANCE_NATS, rtol=0)
+            np.testing.assert_allclose(scored.entropy[1:], expected_entropies, atol=TOLERANCE_NATS, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
@@ -115,8 +117,8 @@ def test_law_5_the_engine_loads_and_scores_families_of_another_build(family: str
     model = build(family)
     model.save_pretrained(tmp_path)
     engine = PackedEngine(tmp_path, ROW, "float32", 200, "cpu")
-    for window, (losses, _) in zip(make_windows(), engine.score(make_windows()), strict=True):
-        np.testing.assert_allclose(losses[1:], plain(model, window)[0], atol=TOLERANCE_NATS, rtol=0)
+    for window, scored in zip(make_windows(), engine.score(make_windows()), strict=True):
+        np.testing.assert_allclose(scored.loss[1:], plain(model, window)[0], atol=TOLERANCE_NATS, rtol=0)
 
 
 def test_a_window_longer_than_the_models_positions_is_an_error_that_names_the_field(tiny_model: Any) -> None:
@@ -150,11 +152,10 @@ def test_losses_are_float32_whatever_the_dtype_of_the_model_and_nan_where_nothin
     hidden, weight = torch.randn(3000, 16).to(dtype), torch.randn(50, 16).to(dtype)
     targets = torch.randint(0, 50, (3000,))
     targets[::7] = IGNORE
-    losses, entropies = token_losses(hidden, weight, targets, entropy=True)
-    exact = hidden.double() @ weight.double().T
-    expected, expected_entropy = losses_of_logits(exact, targets, entropy=True)
-    assert losses.dtype == torch.float32 and entropies is not None and expected_entropy is not None
-    assert torch.equal(torch.isnan(losses), targets == IGNORE)
+    found = token_losses(hidden, weight, targets, entropy=True)
+    exact = losses_of_logits(hidden.double() @ weight.double().T, targets, entropy=True)
     kept = targets != IGNORE
-    torch.testing.assert_close(losses[kept], expected[kept], atol=TOLERANCE_NATS, rtol=0)
-    torch.testing.assert_close(entropies[kept], expected_entropy[kept], atol=TOLERANCE_NATS, rtol=0)
+    assert found.loss.dtype == torch.float32 and torch.equal(torch.isnan(found.loss), ~kept)
+    for one, other in ((found.loss, exact.loss), (found.entropy, exact.entropy)):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one[kept], other[kept], atol=TOLERANCE_NATS, rtol=0)

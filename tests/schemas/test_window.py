@@ -12,14 +12,14 @@ from transformers import AutoTokenizer
 
 from schemas.config import Context
 from schemas.errors import UserError
-from schemas.window import cut, encode_documents, token_hash, token_hashes
+from schemas.window import encode_documents, split, token_hash, token_hashes
 
 TOKENS = st.lists(st.integers(0, 2**17), max_size=200).map(lambda ids: np.array(ids, dtype=np.int64))
 
 
 @given(TOKENS, st.integers(2, 70))
 def test_windows_joined_are_the_document_and_only_the_last_is_short(tokens: np.ndarray, window: int) -> None:
-    pieces = list(cut(tokens, window))
+    pieces = list(split(tokens, window))
     assert np.array_equal(np.concatenate([*pieces, np.empty(0, np.int64)]), tokens)
     assert all(len(piece) == window for piece in pieces[:-1])
     assert all(0 < len(piece) <= window for piece in pieces)

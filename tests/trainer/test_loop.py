@@ -1,7 +1,9 @@
 """Laws 6, 9 and 10 on whole training runs."""
 
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from schemas.errors import UserError
+from schemas.models import open_model
 from tests.trainer.conftest import read_rows
 from trainer.data import ScoreShards
 from trainer.live import Live
-from trainer.loop import Run, cut
+from trainer.loop import Run, geometry_of
 from trainer.ranks import Ranks
-from trainer.selection import token_scores
-from trainer.stream import Geometry, steps
+from trainer.selection import Selection
+from trainer.stream import Geometry, Order, steps
 
 # Not the threshold: it is the mean over micro-batches, so it says how the step was cut.
 FIGURES = ("loss_all", "loss_kept", "loss_dropped", "grad_norm")
@@ -44,17 +47,34 @@ def same_weights(one, other, atol):
         torch.testing.assert_close(tensor, right[name], rtol=0, atol=atol)
 
 
-def test_excess_loss_is_zero_when_the_live_model_is_the_reference(scores):
-    live = Live(AutoModelForCausalLM.from_pretrained(scores.score.model), torch.float32)
-    stream = steps(ScoreShards(scores.score.output), Geometry(8, 64, 8), 0, 2, 0)
+def excess_under(model, scores, dropout=False):
+    """Excess losses of three micro-batches under a model of the trainer's own making, in training's mode."""
+    live = Live(open_model(model, "base", 64, dropout=dropout))
+    selection = Selection.of("slm", "micro", 0.6)
+    stream = steps(Order(ScoreShards(scores.score.output), 0, 2, selection.columns), Geometry(8, 64, 8), 0)
     for _ in range(3):
         micro = next(stream).micros[0]
         with torch.no_grad():
-            losses = live(micro.ids, micro.positions, micro.targets, lambda losses: ~torch.isnan(losses))[1]
-        excess = token_scores("slm", losses, micro)
-        # float16 keeps 11 bits: half a step at 8-16 nats is 0.004
-        assert excess.nan_to_num().abs().max() < 0.005
-        assert torch.equal(torch.isnan(excess), torch.isnan(micro.ref_loss))
+            losses = live(micro.batch, lambda losses: ~torch.isnan(losses)).losses
+        excess = selection.scores(losses, micro.columns)
+        assert torch.equal(torch.isnan(excess), torch.isnan(micro.columns["ref_loss"]))
+        yield float(excess.nan_to_num().abs().max())
+
+
+def test_law_6_excess_loss_is_zero_when_the_live_model_is_the_reference(scores):
+    # float16 keeps 11 bits: half a step at 8-16 nats is 0.004
+    assert max(excess_under(Path(scores.score.model), scores)) < 0.005
+
+
+def test_law_6_holds_in_training_for_a_model_that_names_dropout_unless_it_is_asked_for(
+    make_config, score_here, tmp_path, tiny_model
+):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    edit = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(edit | {"attention_dropout": 0.5}))
+    scores = score_here(make_config(tmp_path, {"score.model": str(model), "base": str(model)}))
+    assert max(excess_under(model, scores)) < 0.005
+    assert max(excess_under(model, scores, dropout=True)) > 0.1
 
 
 @pytest.mark.parametrize("objective", ["clm", "random", "slm"])
@@ -154,7 +174,7 @@ def test_a_finished_run_is_not_trained_again(scores, tmp_path, train_here):
 
 def test_changed_settings_are_refused_field_by_field(scores, tmp_path, train_here):
     train_here(scores, output=tmp_path)
-    with pytest.raises(UserError, match=r"train\.keep: 0\.6 in the checkpoint, 0\.7 now"):
+    with pytest.raises(UserError, match=r"train\.keep: 0\.6 stored, 0\.7 now"):
         train_here(scores, output=tmp_path, keep=0.7)
 
 
@@ -173,10 +193,10 @@ def run_of(config, world, **fields):
 
 @pytest.mark.parametrize(("micro_rows", "world", "cut_to"), [(8, 1, 8), (3, 1, 2), (8, 2, 4), (100, 4, 2), (1, 2, 1)])
 def test_a_micro_batch_is_lowered_to_what_divides_the_step(scores, micro_rows, world, cut_to):
-    geometry = cut(run_of(scores, world, micro_rows=micro_rows))
+    geometry = geometry_of(run_of(scores, world, micro_rows=micro_rows))
     assert (geometry.rows, geometry.micro_rows) == (8, cut_to)
 
 
 def test_a_step_that_cannot_be_shared_out_is_one_clear_error(scores):
     with pytest.raises(UserError, match=r"train\.tokens_per_step: 8 rows .* 3 ranks; make it a multiple of 192"):
-        cut(run_of(scores, 3))
+        geometry_of(run_of(scores, 3))

@@ -13,8 +13,10 @@ from schemas.batch import IGNORE
 from schemas.errors import UserError
 from schemas.receipt import Layout
 from schemas.shard import open_shard, read_windows, shard_metadata, write_shard
-from trainer.data import ScoreShards, Tokens, ordered
-from trainer.stream import Geometry, prefetched, steps
+from trainer.data import MemoryWindows, ScoreShards, ordered
+from trainer.stream import Geometry, Order, chance, prefetched, steps
+
+COLUMNS = ("ref_loss", "chance")
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def keys(source, seed, position, count):
 
 
 def take(source, geometry, position=0, count=4, seed=0):
-    return list(itertools.islice(steps(source, geometry, seed, 2, position), count))
+    return list(itertools.islice(steps(Order(source, seed, 2, COLUMNS), geometry, position), count))
 
 
 def test_every_epoch_holds_every_window_once_in_an_order_of_its_own(source):
@@ -55,9 +57,12 @@ def test_order_does_not_depend_on_world_size(source, world):
     for number, step in enumerate(alone):
         assert {rank[number].position for rank in ranks} == {step.position}
         for index, micro in enumerate(step.micros):
-            for name in ("ids", "targets", "ref_loss", "window", "chance"):
-                joined = torch.cat([getattr(rank[number].micros[index], name) for rank in ranks])
-                torch.testing.assert_close(joined, getattr(micro, name), rtol=0, atol=0, equal_nan=True)
+            for name in ("ids", "targets"):
+                joined = torch.cat([getattr(rank[number].micros[index].batch, name) for rank in ranks])
+                assert torch.equal(joined, getattr(micro.batch, name))
+            for name in COLUMNS:
+                joined = torch.cat([rank[number].micros[index].columns[name] for rank in ranks])
+                torch.testing.assert_close(joined, micro.columns[name], rtol=0, atol=0, equal_nan=True)
             assert all(rank[number].micros[index].counts == micro.counts for rank in ranks)
 
 
@@ -67,35 +72,56 @@ def test_a_stream_resumed_from_its_integer_goes_on_as_if_uninterrupted(source):
     resumed = take(source, geometry, position=whole[2].position, count=3)
     for one, other in zip(whole[3:], resumed, strict=True):
         assert one.position == other.position
-        assert torch.equal(one.micros[0].ids, other.micros[0].ids)
+        assert torch.equal(one.micros[0].batch.ids, other.micros[0].batch.ids)
 
 
 def test_reference_losses_stand_where_their_tokens_are_predicted(source):
     step = take(source, Geometry(8, 64, 8), count=1)[0]
-    micro = step.micros[0]
+    micro, batch = step.micros[0], step.micros[0].batch
+    ref_loss = micro.columns["ref_loss"]
     known = {tuple(w.tokens): w.ref_loss for group in range(len(source.group_sizes)) for w in source.read(group)}
     for row in range(8):
-        starts = torch.nonzero(micro.positions[row] == 0).flatten().tolist()
+        starts = torch.nonzero(batch.positions[row] == 0).flatten().tolist()
         for start, end in zip(starts, [*starts[1:], 64], strict=True):
-            tokens = tuple(micro.ids[row, start:end].tolist())
+            tokens = tuple(batch.ids[row, start:end].tolist())
             if tokens in known:
-                np.testing.assert_array_equal(
-                    micro.ref_loss[row, start : end - 1], known[tokens][1:].astype(np.float32)
-                )
-    assert torch.equal(torch.isnan(micro.ref_loss), micro.targets == IGNORE)
-    assert int((micro.targets != IGNORE).sum()) == sum(micro.counts)
-    assert torch.equal(torch.bincount(micro.window[micro.window >= 0]), torch.tensor([c for c in micro.counts if c]))
+                np.testing.assert_array_equal(ref_loss[row, start : end - 1], known[tokens][1:].astype(np.float32))
+    assert torch.equal(torch.isnan(ref_loss), batch.targets == IGNORE)
+    assert int((batch.targets != IGNORE).sum()) == sum(micro.counts)
+    predicted = batch.owner[batch.targets != IGNORE]
+    assert torch.bincount(predicted, minlength=len(micro.counts)).tolist() == micro.counts
 
 
-def test_the_control_draws_the_same_for_a_token_whatever_the_packing(source):
+def test_the_control_draws_by_seed_epoch_and_window_whatever_the_packing(source):
     one, other = (take(source, Geometry(rows, 64, rows), count=1)[0].micros[0] for rows in (4, 8))
-    assert torch.equal(one.chance[0].nan_to_num(), other.chance[0].nan_to_num())
+    assert torch.equal(one.columns["chance"][0].nan_to_num(), other.columns["chance"][0].nan_to_num())
+    total = int(source.group_sizes.sum())
+    placed = list(itertools.islice(ordered(source, 0, 2, 0), 2 * total))
+    first = {item.key: item for item in placed[:total]}
+    for second in placed[total:]:
+        draws = [chance(0, first[second.key]), chance(0, second), chance(1, second)]
+        assert all(len(draw) == len(second.window.tokens) for draw in draws)
+        assert not np.array_equal(draws[0], draws[1]) and not np.array_equal(draws[1], draws[2])
+    drawn = np.concatenate([chance(0, item) for item in placed[:total]])
+    assert abs(drawn.mean() - 0.5) < 0.02 and drawn.min() >= 0 and drawn.max() < 1
+
+
+def test_a_column_that_the_scores_lack_is_one_clear_error():
+    source = MemoryWindows([np.arange(5), np.arange(9)])
+    with pytest.raises(UserError, match="ref_loss"):
+        next(steps(Order(source, 0, 1, ("ref_loss",)), Geometry(1, 16, 1), 0))
+
+
+def test_windows_that_cannot_share_a_row_stand_alone(source):
+    step = take(source, Geometry(8, 64, 4, alone=True), count=1)[0]
+    assert [len(micro.batch.places) for micro in step.micros] == [4, 4]
+    assert [micro.counts for micro in step.micros] == [[n - 1 for n in micro.batch.lengths] for micro in step.micros]
 
 
 def test_prefetching_changes_nothing_and_hands_errors_on(source):
     geometry = Geometry(8, 64, 8)
     direct = take(source, geometry)
-    fetched = list(itertools.islice(prefetched(steps(source, geometry, 0, 2, 0)), 4))
+    fetched = list(itertools.islice(prefetched(steps(Order(source, 0, 2, COLUMNS), geometry, 0)), 4))
     assert [step.position for step in direct] == [step.position for step in fetched]
 
     def broken():
@@ -141,6 +167,6 @@ def test_a_shard_of_other_settings_is_refused(scores, tmp_path):
 
 
 def test_windows_in_memory_are_a_source_too():
-    source = Tokens([np.arange(5), np.arange(9), np.arange(3)], group=2)
+    source = MemoryWindows([np.arange(5), np.arange(9), np.arange(3)], group=2)
     assert [len(source.read(0)), len(source.read(1))] == [2, 1]
     assert sorted(keys(source, 0, 0, 3)) == [0, 1, 2]

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from pipeline.progress import console as default_console
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Layout, read_dataset, read_receipts
-from schemas.shard import Window, open_shard, read_windows, shard_metadata
+from schemas.shard import DECODING, Window, open_shard, read_windows, shard_metadata
 
 # Green over yellow to red, one for each bin of HISTOGRAM_EDGES_NATS; black text is readable on all of them.
 COLOURS = ("#5fbf77", "#7fc97a", "#a3d37c", "#c8dc7e", "#e8e07f", "#f2c772", "#f2a765", "#ee8560", "#e8635c")
@@ -53,7 +52,7 @@ def inspect(path: Path, tokenizer: Any = None, documents: int = 3, console: Cons
         fingerprint = read_dataset(layout)
         summary, shards = _of_dataset(layout)
     else:
-        fingerprint = shard_metadata(open_shard(path)).get("fingerprint", {})
+        fingerprint = shard_metadata(path, open_shard(path)).fingerprint
         summary, shards = _of_shard(path), [path]
     console.print(_tree(str(path), fingerprint), _counts(summary))
     if summary.loss_count:
@@ -120,11 +119,13 @@ def _of_shard(path: Path) -> Summary:
 
 def _windows(path: Path) -> Iterator[Window]:
     file = open_shard(path)
-    try:
-        for group in range(file.metadata.num_row_groups):
+    for group in range(file.metadata.num_row_groups):
+        try:
             yield from read_windows(file.read_row_group(group))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: damaged ({error}); run `tokensift verify` on its dataset") from error
+        except DECODING as error:
+            raise UserError(
+                f"{path}: row group {group} is damaged ({first_line(error)})", "run `tokensift verify` on its dataset"
+            ) from error
 
 
 def _documents(shards: list[Path]) -> Iterator[tuple[str, list[Window]]]:

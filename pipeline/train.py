@@ -11,20 +11,18 @@ from schemas.config import Config, Context, Corpus, Objective, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
-from schemas.window import encode_documents
+from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, read_documents, resolve, survey
 from trainer.data import MemoryWindows, ScoreShards, Source
 from trainer.loop import Run, train
-from trainer.ranks import join, leave
-
-DOCUMENTS_PER_TOKENIZER_CALL = 256
+from trainer.ranks import die_with_parent, join, leave
 
 
 def train_live(config: Config, objective: Objective | None = None) -> Path:
     """Stage 2: train from the base on stored scores; one folder an objective. Returns the final model's folder."""
     objective = objective or config.train.objective
     settings = config.train.model_copy(update={"objective": objective, "output": config.train.output / objective})
-    source = ScoreShards(config.score.output)
+    source = ScoreShards(config.score.output, config.train.partial)
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
     changed = difference(source.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
@@ -47,6 +45,7 @@ def train_reference(config: Config) -> Path:
 
 def run_training(title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any) -> Path:
     """Run the trainer with a progress bar and held-out evaluation."""
+    die_with_parent()
     ranks = join()
     evaluate = None
     if config.eval.target:
@@ -70,9 +69,7 @@ def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> MemoryWindows
     for url in resolve(corpus):
         rows = list(read_documents(url, 0, survey(url)[2], corpus))
         texts = [row.text for row in rows if isinstance(row, Document)]
-        for start in range(0, len(texts), DOCUMENTS_PER_TOKENIZER_CALL):
-            encoded = encode_documents(tokenizer, texts[start : start + DOCUMENTS_PER_TOKENIZER_CALL], context)
-            windows += [window for document in encoded for window in document]
+        windows += [window for document in encode_in_batches(tokenizer, texts, context) for window in document]
     if not windows:
         raise UserError(f"corpus: {corpus.paths or corpus.dataset}: no usable document; look at column `{corpus.text}`")
     return MemoryWindows(windows)

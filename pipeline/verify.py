@@ -1,22 +1,27 @@
-"""Verification: hash a score dataset again and hold every shard against its receipt. Nothing is changed."""
+"""Verification: hash a score dataset again and hold every file against what commits it. Nothing is changed."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.progress import bar
 from schemas.errors import UserError
-from schemas.files import sha256_file
 from schemas.fingerprint import difference
-from schemas.receipt import HISTOGRAM_EDGES_NATS, Layout, Receipt, read_dataset, read_receipt
-from schemas.shard import Window, check_windows, open_shard, shard_metadata
-
-# What damaged bytes can raise while they are decoded; none of it may stop the verification of other files.
-DAMAGE = (UserError, OSError, pa.ArrowException, KeyError, TypeError, ValueError)
+from schemas.receipt import (
+    HISTOGRAM_EDGES_NATS,
+    SCORE_AGAIN,
+    Layout,
+    Receipt,
+    read_complete,
+    read_dataset,
+    read_receipt,
+    read_version,
+)
+from schemas.shard import Window, open_shard, read_group, shard_metadata
+from schemas.store import sha256_file
 
 
 def verify(root: Path, progress: bool = True) -> list[str]:
@@ -27,37 +32,52 @@ def verify(root: Path, progress: bool = True) -> list[str]:
     if root.is_file():
         return list(_shard_problems(root))
     layout = Layout(root)
-    if not layout.dataset.exists() and not (root / "units").is_dir():
+    if not layout.dataset.exists() and not (root / layout.UNITS[0]).is_dir():
         raise UserError(
-            f"{root}: neither a score dataset (no dataset.json, no units/) nor a .parquet file; mend the path"
+            f"{root}: neither a score dataset (no dataset.json, no units/) nor a .parquet file", "mend the path"
         )
     problems: list[str] = []
-    fingerprint = None
+    fingerprint, version = None, None
     try:
-        fingerprint = read_dataset(layout)
+        fingerprint, version = read_dataset(layout), read_version(layout)
     except UserError as error:
         problems.append(str(error))
-    receipts = sorted((root / "receipts").glob("[!.]*.json"))
+    units = layout.committed()
+    found: dict[str, list[str]] = {}
     with bar("verify", progress) as shown:
-        for number, path in enumerate(receipts):
-            shown.update(number / len(receipts), path.stem)
-            problems += _unit_problems(layout, path, fingerprint)
-        shown.update(1.0, f"{len(receipts)} units")
-    return problems + list(_uncommitted(layout, {path.stem for path in receipts}))
+        for number, unit in enumerate(units):
+            shown.update(number / len(units), unit)
+            found[unit] = list(_unit_problems(layout, unit, fingerprint, version))
+        shown.update(1.0, f"{len(units)} units")
+    problems += _of_units(layout, found)
+    return problems + list(_incomplete(layout, set(units))) + list(_uncommitted(layout, set(units)))
 
 
-def _unit_problems(layout: Layout, path: Path, fingerprint: dict[str, Any] | None) -> Iterator[str]:
+OTHER_SETTINGS = "fingerprint differs from dataset.json"
+
+
+def _of_units(layout: Layout, found: dict[str, list[str]]) -> list[str]:
+    """Problems of all units; where every shard disagrees with dataset.json, it is dataset.json that changed."""
+    disagree = [lines for lines in found.values() if any(OTHER_SETTINGS in line for line in lines)]
+    if len(found) > 1 and len(disagree) == len(found):
+        return [
+            f"{layout.dataset}: no shard was made with the settings it names, so it is what changed;"
+            " restore it from a copy (every score shard's metadata holds the fingerprint)",
+            *(line for lines in found.values() for line in lines if OTHER_SETTINGS not in line),
+        ]
+    return [line for lines in found.values() for line in lines]
+
+
+def _unit_problems(layout: Layout, unit: str, fingerprint: dict[str, Any] | None, version: int | None) -> Iterator[str]:
+    path = layout.receipt(unit)
     try:
-        receipt = read_receipt(path)
-    except DAMAGE as error:
+        receipt = read_receipt(path, version)
+    except UserError as error:
         yield str(error)
         return
     fix = f"delete {path} and run `make score` again"
-    if receipt.unit != path.stem:
-        yield f"{path}: is the receipt of unit {receipt.unit}, not of {path.stem}; {fix}"
-        return
-    yield from _quarantine_problems(layout.quarantine(receipt.unit), receipt, fix)
-    shard = layout.shard(receipt.unit)
+    yield from _quarantine_problems(layout.quarantine(unit), receipt, fix)
+    shard = layout.shard(unit)
     if not shard.exists():
         yield f"{shard}: missing, but it has a receipt; {fix}"
     elif (size := shard.stat().st_size) != receipt.bytes:
@@ -73,23 +93,19 @@ def _shard_problems(
 ) -> Iterator[str]:
     try:
         file = open_shard(path)
-        metadata = shard_metadata(file)
-        windows = list(_windows(path, file))
-    except DAMAGE as error:
-        reason = str(error).removeprefix(f"{path}: ").split("; delete its receipt")[0].splitlines()
-        yield f"{path}: cannot be trusted ({reason[0] if reason else type(error).__name__}); {fix}"
+        metadata = shard_metadata(path, file)
+        windows = [window for group in range(file.num_row_groups) for window in read_group(path, file, group)]
+    except UserError as error:
+        yield f"{path}: cannot be trusted ({error.problem.removeprefix(f'{path}: ')}); {fix}"
         return
     if bad := [window.doc_id for window in windows if not _well_formed(window)]:
-        yield f"{path}: {len(bad)} windows whose NaN is not at position 0 alone, first in document {bad[0]}; {fix}"
+        yield f"{path}: {len(bad)} windows whose NaN is not at position 0 alone, first in document {bad[0]!r}; {fix}"
     if receipt:
         yield from (f"{path}: {line}; {fix}" for line in _count_differences(windows, receipt))
-    if fingerprint is not None and (lines := difference(fingerprint, metadata.get("fingerprint"))):
-        yield f"{path}: fingerprint differs from dataset.json in {len(lines)} fields, first {lines[0]}; {fix}"
-
-
-def _windows(path: Path, file: pq.ParquetFile) -> Iterator[Window]:
-    for group in range(file.metadata.num_row_groups):
-        yield from check_windows(path, file.read_row_group(group))
+        if metadata.unit != receipt.unit:
+            yield f"{path}: says it is unit {metadata.unit!r}; {fix}"
+    if fingerprint is not None and (lines := difference(fingerprint, metadata.fingerprint)):
+        yield f"{path}: {OTHER_SETTINGS} in {len(lines)} fields, first {lines[0]}; {fix}"
 
 
 def _well_formed(window: Window) -> bool:
@@ -104,7 +120,7 @@ def _well_formed(window: Window) -> bool:
 
 
 def _count_differences(windows: list[Window], receipt: Receipt) -> list[str]:
-    losses = np.concatenate([np.empty(0), *[window.ref_loss[1:] for window in windows]])  # type: ignore[index]
+    losses = np.concatenate([np.empty(0), *[window.ref_loss[1:] for window in windows if window.ref_loss is not None]])
     found = {
         "windows": len(windows),
         "tokens": sum(len(window.tokens) for window in windows),
@@ -124,8 +140,27 @@ def _quarantine_problems(path: Path, receipt: Receipt, fix: str) -> Iterator[str
         yield f"{path}: sha256 differs from the unit's receipt; {fix}"
 
 
+def _incomplete(layout: Layout, units: set[str]) -> Iterator[str]:
+    """What `complete.json` says is there and is not, and the other way round; units that lie there twice."""
+    try:
+        whole = read_complete(layout)
+    except UserError as error:
+        yield str(error)
+        return
+    if whole is None:
+        yield f"{layout.complete}: missing, so scoring has not come to its end; run `make score`"
+        return
+    if missing := set(whole) - units:
+        yield f"{layout.root}: {len(missing)} of {len(whole)} units have no receipt, first {min(missing)}; run `make score`"
+    for unit in sorted(units - set(whole)):
+        yield f"{layout.receipt(unit)}: not part of the dataset that was scored; {SCORE_AGAIN}"
+    hashes = Counter(sha256_file(path) for unit in units if (path := layout.shard(unit)).exists())
+    if twice := sum(count - 1 for count in hashes.values()):
+        yield f"{layout.root}: {twice} shards lie there under a second name; delete the copies and their receipts"
+
+
 def _uncommitted(layout: Layout, units: set[str]) -> Iterator[str]:
-    for pattern in ("units/[!.]*.parquet", "quarantine/[!.]*.jsonl"):
-        for path in sorted(layout.root.glob(pattern)):
-            if path.stem not in units:
-                yield f"{path}: not committed (no receipt); run `make score` again, which redoes the unit"
+    for kind in (layout.UNITS, layout.QUARANTINE):
+        for unit in layout.store.names(*kind):
+            if unit not in units:
+                yield f"{layout.root / layout.name(kind, unit)}: not committed (no receipt); run `make score` again"

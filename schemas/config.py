@@ -91,6 +91,7 @@ class Train(Section):
     dtype: Dtype = "bfloat16"
     dropout: bool = Field(default=False, description="train with the dropout that the model's own config names")
     checkpoint_every: int = Field(default=500, ge=1, description="steps")
+    partial: bool = Field(default=False, description="train on a score dataset that is not finished")
     keep_checkpoints: int = Field(default=2, ge=1)
     evaluate_every: int = Field(default=0, ge=0, description="steps; 0: only at the start and the end")
 

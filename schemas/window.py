@@ -9,6 +9,8 @@ import xxhash
 from schemas.config import Context
 from schemas.errors import UserError
 
+DOCUMENTS_PER_CALL = 256
+
 
 def encode_documents(tokenizer: Any, texts: Sequence[str], context: Context) -> list[list[np.ndarray]]:
     """Tokenise documents and cut each into windows of at most `context.window` consecutive tokens.
@@ -23,6 +25,15 @@ def encode_documents(tokenizer: Any, texts: Sequence[str], context: Context) -> 
     head = [_special(tokenizer, "bos")] if context.bos else []
     tail = [_special(tokenizer, "eos")] if context.eos else []
     return [list(split(np.array(head + ids + tail, dtype=np.int64), context.window)) if ids else [] for ids in encoded]
+
+
+def encode_in_batches(tokenizer: Any, texts: Sequence[str], context: Context) -> list[list[np.ndarray]]:
+    """`encode_documents` of any number of texts, a few at a time: the tokenizer's own records of all would be large."""
+    return [
+        windows
+        for start in range(0, len(texts), DOCUMENTS_PER_CALL)
+        for windows in encode_documents(tokenizer, texts[start : start + DOCUMENTS_PER_CALL], context)
+    ]
 
 
 def split(tokens: np.ndarray, window: int) -> Iterator[np.ndarray]:

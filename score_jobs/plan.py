@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.config import Corpus
-from schemas.files import write_atomic
 from schemas.fingerprint import digest
+from schemas.store import write_atomic
 from score_jobs.corpus import ShardError, resolve, survey, version_of
 
 

@@ -1,5 +1,6 @@
 """One unit, from corpus rows to a committed score shard. No Ray here: any process can score a unit."""
 
+import hashlib
 import json
 import platform
 import time
@@ -8,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from transformers import AutoTokenizer
 
 from schemas.config import Context, Corpus, Score
-from schemas.files import publish, sha256_file, temporary
+from schemas.models import check_vocabulary, open_tokenizer
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
-from schemas.shard import Window, check_windows, open_shard, shard_schema, write_shard
-from schemas.window import encode_documents
+from schemas.shard import Window, encode_shard, open_shard, read_group, shard_schema
+from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, Rejected, read_documents
 from score_jobs.engines import open_engine
 from score_jobs.plan import Unit
 
-DOCUMENTS_PER_TOKENIZER_CALL = 256
 CANARY_TOKENS = 32
 CANARIES = 2
 
@@ -40,6 +40,14 @@ class Job:
     fingerprint: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class UnitScores:
+    """What scoring made of a unit: windows in the order of their documents, and rows that gave none."""
+
+    windows: list[Window]
+    rejected: list[Rejected]
+
+
 class Worker:
     """Loads the model once, then scores units."""
 
@@ -47,139 +55,144 @@ class Worker:
         """Prepare a worker; raises UserError if the model cannot be loaded."""
         torch.set_num_threads(job.score.cpus_per_worker)
         self.job, self.layout = job, Layout(job.score.output)
-        self.tokenizer = AutoTokenizer.from_pretrained(job.model)
+        self.tokenizer = open_tokenizer(job.model, "score.model")
+        check_vocabulary(job.model, self.tokenizer, "score.model")
         self.engine = open_engine(job.model, job.context, job.score)
 
     def score(self, unit: Unit) -> Receipt:
         """Score a unit and commit it: shard first, receipt last. Raises ShardError if its input is broken."""
-        start = time.perf_counter()
-        documents, rejected = self._read(unit)
+        started = time.perf_counter()
+        rows = list(read_documents(unit.url, unit.first, unit.end, self.job.corpus))
         read = time.perf_counter()
-        windows, more = self._score_documents(documents)
-        rejected = sorted([*rejected, *more], key=lambda item: item.row)
+        found = self._score_rows(rows)
+        canary = self._make_canary(found.windows)
         scored = time.perf_counter()
         committed = self.layout.receipt(unit.name)
         if committed.exists():  # by a worker that this one was thought to replace; its bytes stay (law 2)
             return read_receipt(committed)
-        digest = self._publish_shard(unit, windows)
-        quarantine = self._publish_quarantine(unit, rejected)
-        seconds = {"read": read - start, "score": scored - read, "write": time.perf_counter() - scored}
-        losses = np.concatenate(
-            [np.empty(0, np.float16), *[window.ref_loss[1:] for window in windows if window.ref_loss is not None]]
-        )
-        losses = losses.astype(np.float64)
+        shard = self._put_shard(unit, found.windows)
+        quarantine = self._put_quarantine(unit, found.rejected)
+        losses = _flat_losses(found.windows)
         receipt = Receipt(
             unit=unit.name,
             shard=unit.url.rsplit("/", 1)[-1],
             first_document=unit.first,
             end_document=unit.end,
             input_hash=unit.input_hash,
-            bytes=self.layout.shard(unit.name).stat().st_size,
-            sha256=digest,
-            windows=len(windows),
-            tokens=sum(len(window.tokens) for window in windows),
-            documents=unit.end - unit.first - len(rejected),
-            quarantined=len(rejected),
+            bytes=len(shard),
+            sha256=hashlib.sha256(shard).hexdigest(),
+            windows=len(found.windows),
+            tokens=sum(len(window.tokens) for window in found.windows),
+            documents=unit.end - unit.first - len(found.rejected),
+            quarantined=len(found.rejected),
             quarantine_sha256=quarantine,
             loss_sum=float(losses.sum()),
             loss_count=len(losses),
             loss_histogram=np.histogram(losses, [*HISTOGRAM_EDGES_NATS, np.inf])[0].tolist(),
             engine={**self.engine.describe(), "host": platform.node(), "device": self._device_name()},
-            seconds={name: round(value, 3) for name, value in seconds.items()},
-            canary=[
-                Canary(window.tokens[:CANARY_TOKENS].tolist(), window.ref_loss[1:CANARY_TOKENS].tolist())
-                for window in windows[:CANARIES]
-                if window.ref_loss is not None
-            ],
+            seconds={
+                "read": round(read - started, 3),
+                "score": round(scored - read, 3),
+                "write": round(time.perf_counter() - scored, 3),
+            },
+            canary=canary,
         )
         write_receipt(self.layout, receipt)
         return receipt
 
     def canary_drift(self, canaries: list[Canary]) -> float:
-        """Largest difference in nats between stored losses and the same tokens scored now."""
-        found = self.engine.score([np.array(canary.tokens, dtype=np.int64) for canary in canaries])
+        """Mean difference in nats between stored canary losses and the same call made now: 0 on the same machine."""
+        now = self._score_canary([canary.tokens for canary in canaries])
         drift = [
-            np.abs(scored.loss[1:] - np.array(canary.ref_loss, dtype=np.float32)).max(initial=0.0)
-            for canary, scored in zip(canaries, found, strict=True)
+            np.abs(np.array(canary.ref_loss) - np.array(losses)) for canary, losses in zip(canaries, now, strict=True)
         ]
-        return float(max(drift, default=0.0))
+        return float(np.concatenate([np.zeros(1), *drift]).sum() / max(1, sum(map(len, drift))))
 
-    def _read(self, unit: Unit) -> tuple[list[Document], list[Rejected]]:
-        rows = list(read_documents(unit.url, unit.first, unit.end, self.job.corpus))
-        return [row for row in rows if isinstance(row, Document)], [row for row in rows if isinstance(row, Rejected)]
+    def _make_canary(self, windows: list[Window]) -> list[Canary]:
+        tokens = [window.tokens[:CANARY_TOKENS].tolist() for window in windows[:CANARIES]]
+        pairs = zip(tokens, self._score_canary(tokens), strict=True)
+        return [Canary(tokens=ids, ref_loss=losses) for ids, losses in pairs]
 
-    def _score_documents(self, documents: list[Document]) -> tuple[list[Window], list[Rejected]]:
+    def _score_canary(self, tokens: list[list[int]]) -> list[list[float]]:
+        """One call of one shape, whatever unit the tokens come from: what makes the check exact."""
+        scored = self.engine.score([np.array(ids, dtype=np.int64) for ids in tokens])
+        return [window.loss[1:].tolist() for window in scored]
+
+    def _score_rows(self, rows: list[Document | Rejected]) -> UnitScores:
+        documents = [row for row in rows if isinstance(row, Document)]
+        rejected = [row for row in rows if isinstance(row, Rejected)]
+        pieces = encode_in_batches(self.tokenizer, [document.text for document in documents], self.job.context)
         owners: list[tuple[Document, int]] = []
-        tokens: list[np.ndarray] = []
-        for start in range(0, len(documents), DOCUMENTS_PER_TOKENIZER_CALL):
-            group = documents[start : start + DOCUMENTS_PER_TOKENIZER_CALL]
-            encoded = encode_documents(self.tokenizer, [document.text for document in group], self.job.context)
-            for document, pieces in zip(group, encoded, strict=True):
-                owners += [(document, index) for index in range(len(pieces))]
-                tokens += pieces
+        for document, windows in zip(documents, pieces, strict=True):
+            owners += [(document, index) for index in range(len(windows))]
+            if not windows:
+                rejected.append(Rejected(document.row, document.id, "no tokens"))
+        tokens = [window for windows in pieces for window in windows]
         scores = self.engine.score(tokens)
-        bad = {owner.row for (owner, _), scored in zip(owners, scores, strict=True) if not _finite(scored.loss)}
-        empty = {document.row for document in documents} - {owner.row for owner, _ in owners}
+        bad = {
+            owner.row: owner
+            for (owner, _), scored in zip(owners, scores, strict=True)
+            if not _storable(scored.loss) or (scored.entropy is not None and not _storable(scored.entropy))
+        }
+        rejected += [Rejected(row, owner.id, "reference loss is not finite") for row, owner in bad.items()]
         windows = [
             Window(
-                owner.id,
-                index,
-                ids,
-                scored.loss.astype(np.float16),
-                None if scored.entropy is None else scored.entropy.astype(np.float16),
+                doc_id=owner.id,
+                row=owner.row,
+                index=index,
+                tokens=ids,
+                ref_loss=scored.loss.astype(np.float16),
+                ref_entropy=None if scored.entropy is None else scored.entropy.astype(np.float16),
             )
             for (owner, index), ids, scored in zip(owners, tokens, scores, strict=True)
             if owner.row not in bad
         ]
-        return windows, [
-            Rejected(
-                document.row, document.id, "no tokens" if document.row in empty else "reference loss is not finite"
-            )
-            for document in documents
-            if document.row in bad | empty
-        ]
+        return UnitScores(windows=windows, rejected=sorted(rejected, key=lambda item: item.row))
 
-    def _publish_shard(self, unit: Unit, windows: list[Window]) -> str:
-        path = self.layout.shard(unit.name)
+    def _put_shard(self, unit: Unit, windows: list[Window]) -> bytes:
+        """Encode, see that the bytes give the windows back, and put them; the store reads its own disk back."""
         schema = shard_schema(self.job.fingerprint["tokenizer"]["size"], self.job.score.entropy)
-        partial = temporary(path)
-        metadata = {"fingerprint": self.job.fingerprint, "unit": unit.name}
-        write_shard(partial, windows, schema, metadata)
-        file, read = open_shard(partial), 0
-        for group in range(file.metadata.num_row_groups):
-            again = check_windows(partial, file.read_row_group(group))
-            for old, new in zip(windows[read : read + len(again)], again, strict=True):
-                if not (np.array_equal(old.tokens, new.tokens) and _same(old.ref_loss, new.ref_loss)):
-                    raise ScoringError(
-                        f"{partial}: document {old.doc_id} reads back differently; check disk and memory"
-                    )
-            read += len(again)
-        if read != len(windows):
-            raise ScoringError(f"{partial}: {read} of {len(windows)} windows read back; check disk and memory")
-        digest = sha256_file(partial)
-        publish(partial, path)
-        return digest
+        content = encode_shard(windows, schema, {"fingerprint": self.job.fingerprint, "unit": unit.name})
+        path = self.layout.shard(unit.name)
+        file = open_shard(pa.BufferReader(content))
+        again = [window for group in range(file.num_row_groups) for window in read_group(path, file, group)]
+        if len(again) != len(windows) or not all(map(_same, windows, again)):
+            raise ScoringError(f"{path}: encoded windows read back differently; check memory")
+        self.layout.store.put(self.layout.name(self.layout.UNITS, unit.name), content)
+        return content
 
-    def _publish_quarantine(self, unit: Unit, rejected: list[Rejected]) -> str | None:
-        path = self.layout.quarantine(unit.name)
+    def _put_quarantine(self, unit: Unit, rejected: list[Rejected]) -> str | None:
+        name = self.layout.name(self.layout.QUARANTINE, unit.name)
         if not rejected:
-            path.unlink(missing_ok=True)
+            self.layout.store.delete(name)
             return None
-        partial = temporary(path)
         lines = [json.dumps({"doc_id": item.id, "row": item.row, "reason": item.reason}) for item in rejected]
-        partial.write_text("\n".join(lines) + "\n")
-        digest = sha256_file(partial)
-        publish(partial, path)
-        return digest
+        content = ("\n".join(lines) + "\n").encode()
+        self.layout.store.put(name, content)
+        return hashlib.sha256(content).hexdigest()
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name() if self.job.score.gpus_per_worker else platform.processor() or "cpu"
 
 
-def _finite(losses: np.ndarray) -> bool:
+def _flat_losses(windows: list[Window]) -> np.ndarray:
+    """All stored losses of a unit, float64 nats, without the NaN at each position 0."""
+    losses = [window.ref_loss[1:] for window in windows if window.ref_loss is not None]
+    return np.concatenate([np.empty(0, np.float16), *losses]).astype(np.float64)
+
+
+def _storable(values: np.ndarray) -> bool:
+    """Whether float16 holds every value but the first."""
     with np.errstate(over="ignore"):
-        return bool(np.isfinite(losses[1:].astype(np.float16)).all())
+        return bool(np.isfinite(values[1:].astype(np.float16)).all())
 
 
-def _same(old: np.ndarray | None, new: np.ndarray | None) -> bool:
-    return old is not None and new is not None and np.array_equal(old, new, equal_nan=True)
+def _same(old: Window, new: Window) -> bool:
+    return (old.doc_id, old.row, old.index) == (new.doc_id, new.row, new.index) and all(
+        np.array_equal(one, other, equal_nan=True) if one is not None and other is not None else one is other
+        for one, other in (
+            (old.tokens, new.tokens),
+            (old.ref_loss, new.ref_loss),
+            (old.ref_entropy, new.ref_entropy),
+        )
+    )

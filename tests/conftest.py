@@ -202,7 +202,7 @@ def score_here() -> Callable[[Config], Config]:
 
     from schemas.fingerprint import dataset_fingerprint
     from schemas.models import local_model
-    from schemas.receipt import Layout, write_dataset
+    from schemas.receipt import Layout, write_complete, write_dataset
     from score_jobs.plan import plan
     from score_jobs.worker import Job, Worker
 
@@ -218,6 +218,7 @@ def score_here() -> Callable[[Config], Config]:
         assert not planned.broken
         for unit in planned.units:
             worker.score(unit)
+        write_complete(layout, [unit.name for unit in planned.units])
         return config
 
     return run

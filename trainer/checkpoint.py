@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from schemas.errors import UserError, first_line
-from schemas.files import TEMPORARY_PREFIX, fsync_file, fsync_folder
 from schemas.fingerprint import difference, digest
+from schemas.store import TEMPORARY_PREFIX, fsync_file, fsync_folder
 from trainer.live import Live
 from trainer.ranks import Ranks
 

@@ -5,6 +5,7 @@ shuffled inside blocks of `shuffle_groups` row groups. Each row group is therefo
 position in the order can be opened by reading one block. State is one integer: windows consumed.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy as np
 
 from schemas.errors import UserError
 from schemas.fingerprint import difference, digest
-from schemas.receipt import Layout, read_dataset, read_receipts
-from schemas.shard import Window, check_windows, open_shard, shard_metadata
+from schemas.receipt import Layout, Receipt, read_complete, read_dataset, read_receipts
+from schemas.shard import SCORE_AGAIN, Window, open_shard, read_group, shard_metadata
 from schemas.window import token_hashes
 
 
@@ -33,42 +34,80 @@ class Source(Protocol):
 class ScoreShards:
     """The committed units of a score dataset, indexed by their Parquet footers alone."""
 
-    def __init__(self, root: Path):
-        """Index a dataset. Raises UserError if it is empty, damaged, or mixes settings."""
+    def __init__(self, root: Path, partial: bool = False):
+        """Index a dataset; `partial` accepts one whose scoring did not come to its end.
+
+        Raises UserError if it is empty, unfinished, damaged, mixes settings or holds a unit twice.
+        """
         layout = Layout(root)
         self.dataset: dict[str, Any] = read_dataset(layout)
         receipts = read_receipts(layout)
         if not receipts:
-            raise UserError(f"{root}: no receipts, so no verified scores; run `make score`")
-        self.groups: list[tuple[Path, int]] = []
-        sizes: list[int] = []
+            raise UserError(f"{root}: no receipts, so no verified scores", "run `make score`")
+        check_whole(layout, set(receipts), partial)
+        self.groups: list[Group] = []
         for unit, receipt in receipts.items():
-            path = layout.shard(unit)
-            if not path.exists() or path.stat().st_size != receipt.bytes:
-                raise UserError(
-                    f"{path}: missing or not the {receipt.bytes} bytes of its receipt; see `tokensift verify`"
-                )
-            file = open_shard(path)
-            changed = difference(self.dataset, shard_metadata(file)["fingerprint"])
-            if changed:
-                raise UserError(f"{path}: made with other settings than dataset.json says: {'; '.join(changed)}")
-            for group in range(file.metadata.num_row_groups):
-                self.groups.append((path, group))
-                sizes.append(file.metadata.row_group(group).num_rows)
-        self.group_sizes = np.array(sizes, dtype=np.int64)
-        self.tokens = sum(receipt.tokens for receipt in receipts.values())
+            self.groups += self._groups(layout.shard(unit), receipt)
+        twice = [number for number, count in Counter(item.sha256 for item in receipts.values()).items() if count > 1]
+        if twice:
+            units = sorted(item.unit for item in receipts.values() if item.sha256 == twice[0])
+            raise UserError(f"{root}: {' and '.join(units)} are one shard under two names", "run `tokensift verify`")
+        self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
+
+    def _groups(self, path: Path, receipt: Receipt) -> list["Group"]:
+        if not path.exists() or path.stat().st_size != receipt.bytes:
+            raise UserError(
+                f"{path}: missing or not the {receipt.bytes} bytes of its receipt", "see `tokensift verify`"
+            )
+        file = open_shard(path)
+        metadata = shard_metadata(path, file)
+        changed = difference(self.dataset, metadata.fingerprint)
+        if changed:
+            raise UserError(
+                f"{path}: made with other settings than dataset.json says: {'; '.join(changed)}", SCORE_AGAIN
+            )
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        if metadata.unit != receipt.unit or sum(sizes) != receipt.windows:
+            raise UserError(f"{path}: is not the shard that its receipt describes", SCORE_AGAIN)
+        return [Group(path=path, index=index, windows=size) for index, size in enumerate(sizes)]
 
     def read(self, group: int) -> list[Window]:
         """The windows of one row group, their token hashes checked. Raises UserError naming the shard."""
-        path, index = self.groups[group]
-        try:
-            table = open_shard(path).read_row_group(index)
-        except OSError as error:
+        wanted = self.groups[group]
+        return read_group(wanted.path, open_shard(wanted.path), wanted.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One row group of one score shard."""
+
+    path: Path
+    index: int
+    windows: int
+
+
+def check_whole(layout: Layout, found: set[str], partial: bool) -> None:
+    """Raise UserError unless these units are those that make the dataset whole (or, `partial`, some of them)."""
+    units = read_complete(layout)
+    if units is None:
+        if not partial:
             raise UserError(
-                f"{path}: row group {index} is damaged ({error}); delete its receipt, score again"
-            ) from error
-        return check_windows(path, table)
+                f"{layout.root}: scoring has not come to its end ({len(found)} units so far)",
+                "run `make score` to finish it, or train on what is there with train.partial: true",
+            )
+        return
+    missing, extra = set(units) - found, found - set(units)
+    if missing and not partial:
+        raise UserError(
+            f"{layout.root}: {len(missing)} of {len(units)} units have no receipt, first {min(missing)}",
+            "run `make score` to score them again, or train on what is there with train.partial: true",
+        )
+    if extra:
+        raise UserError(
+            f"{layout.root}: {len(extra)} units are not part of the dataset that was scored, first {min(extra)}",
+            "remove them, or run `make score` if shards were added",
+        )
 
 
 class MemoryWindows:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from schemas.files import write_atomic
+from schemas.store import write_atomic
 from trainer.ranks import Ranks
 
 

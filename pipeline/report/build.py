@@ -12,9 +12,9 @@ from pipeline.report.page import Section, Token, definitions, document, key, pag
 from pipeline.report.text import judge_documents
 from schemas.config import Config
 from schemas.errors import UserError
-from schemas.files import write_atomic
 from schemas.fingerprint import digest
 from schemas.receipt import Layout, read_dataset, read_receipts
+from schemas.store import write_atomic
 from trainer.metrics import read_metrics
 
 ARMS = {"clm": "CLM, every token", "random": "random tokens", "slm": "SLM, by excess loss"}
@@ -116,7 +116,7 @@ def read_arms(output: Path) -> dict[str, Arm]:
 def read_cost(config: Config) -> Cost:
     """What the reference and the scores cost, from the reference's metrics and the receipts."""
     rows = read_metrics(config.reference.train.output / "metrics.jsonl") if config.reference else []
-    reference = max((row["tokens_seen"] for row in rows), default=None)
+    reference = max((row["tokens_seen"] for row in rows if row["kind"] == "train"), default=None)
     receipts = read_receipts(Layout(config.score.output))
     return Cost(reference, sum(receipt.tokens for receipt in receipts.values()))
 

@@ -13,7 +13,7 @@ from schemas.config import Config
 from schemas.loss import batch_losses
 from schemas.models import open_model, open_tokenizer
 from schemas.receipt import Layout, read_receipts
-from schemas.shard import Window, check_windows, open_shard
+from schemas.shard import Window, open_shard, read_group
 from trainer.selection import select_top
 
 SHOWN_WINDOWS, SHOWN_TOKENS, FEWEST_TOKENS = 8, 384, 24
@@ -29,7 +29,7 @@ def chosen_windows(scores: Path) -> list[Window]:
     for unit in list(read_receipts(layout))[:SHOWN_WINDOWS]:
         path = layout.shard(unit)
         file = open_shard(path)
-        rows = check_windows(path, file.read_row_group(0)) if file.metadata.num_row_groups else []
+        rows = read_group(path, file, 0) if file.metadata.num_row_groups else []
         documents = (list(group) for _, group in groupby(rows, key=lambda row: row.doc_id))
         middles = (windows[len(windows) // 2] for windows in documents)
         by_shard.append(list(islice((row for row in middles if len(row.tokens) >= FEWEST_TOKENS), SHOWN_WINDOWS)))

@@ -13,7 +13,7 @@ from pipeline.verify import verify
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.receipt import Layout, read_receipts
-from schemas.shard import Window, shard_schema, write_shard
+from schemas.shard import Window, encode_shard, shard_schema
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def edit_receipt(layout: Layout, unit: str, **changes: object) -> None:
 
 
 def write_lone(path: Path, windows: list[Window]) -> Path:
-    write_shard(path, windows, shard_schema(100, False), {"fingerprint": {}, "unit": path.stem})
+    path.write_bytes(encode_shard(windows, shard_schema(100, False), {"fingerprint": {}, "unit": path.stem}))
     return path
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,8 @@ import torch
 from schemas.batch import IGNORE
 from schemas.errors import UserError
 from schemas.receipt import Layout
-from schemas.shard import open_shard, read_windows, shard_metadata, write_shard
+from schemas.shard import encode_shard, open_shard, read_windows, shard_metadata
+from tests.helpers import edit_sealed
 from trainer.data import MemoryWindows, ScoreShards, ordered
 from trainer.stream import Geometry, Order, chance, prefetched, steps
 
@@ -141,11 +143,13 @@ def test_a_token_that_does_not_match_its_hash_names_the_shard(scores, tmp_path):
     table = pq.read_table(victim)
     lists = table["tokens"].to_pylist()
     lists[0][1] += 1
-    swapped = table.set_column(2, table.schema.field("tokens"), pa.array(lists, table.schema.field("tokens").type))
+    swapped = table.set_column(
+        table.schema.get_field_index("tokens"),
+        table.schema.field("tokens"),
+        pa.array(lists, table.schema.field("tokens").type),
+    )
     pq.write_table(swapped, victim, row_group_size=1024)
-    receipt = Layout(folder).receipt(victim.stem)
-    size = next(line for line in receipt.read_text().splitlines() if '"bytes"' in line)
-    receipt.write_text(receipt.read_text().replace(size, f' "bytes": {victim.stat().st_size},'))
+    edit_sealed(Layout(folder).receipt(victim.stem), bytes=victim.stat().st_size)
     source = ScoreShards(folder)
     with pytest.raises(UserError, match=victim.name):
         list(itertools.islice(ordered(source, 0, 2, 0), int(source.group_sizes.sum())))
@@ -156,12 +160,10 @@ def test_a_shard_of_other_settings_is_refused(scores, tmp_path):
     shutil.copytree(scores.score.output, folder)
     victim = sorted((folder / "units").glob("*.parquet"))[0]
     file = open_shard(victim)
-    metadata = shard_metadata(file)
+    metadata = asdict(shard_metadata(victim, file))
     metadata["fingerprint"]["scorer"]["dtype"] = "bfloat16"
-    write_shard(victim, read_windows(file.read()), file.schema_arrow.remove_metadata(), metadata)
-    receipt = Layout(folder).receipt(victim.stem)
-    size = next(line for line in receipt.read_text().splitlines() if '"bytes"' in line)
-    receipt.write_text(receipt.read_text().replace(size, f' "bytes": {victim.stat().st_size},'))
+    victim.write_bytes(encode_shard(read_windows(file.read()), file.schema_arrow.remove_metadata(), metadata))
+    edit_sealed(Layout(folder).receipt(victim.stem), bytes=victim.stat().st_size)
     with pytest.raises(UserError, match=r"scorer\.dtype"):
         ScoreShards(folder)
 

@@ -30,7 +30,7 @@ from pipeline.report.chart import short, ticks
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.receipt import Layout, read_dataset, read_receipts
-from schemas.shard import Window, open_shard, read_windows, shard_schema, write_shard
+from schemas.shard import Window, encode_shard, open_shard, read_windows, shard_schema
 
 STEP = 40_960
 HOSTILE = '<script>alert("x")</script><img src="https://evil.example/x.png">'
@@ -84,7 +84,9 @@ def poison(layout: Layout, model: Path) -> None:
     old = next(window for window in windows if len(window.tokens) >= 60)
     tokens = AutoTokenizer.from_pretrained(model)(HOSTILE, return_tensors="np")["input_ids"][0][:60]
     hostile = Window(HOSTILE, 0, tokens, old.ref_loss[: len(tokens)], old.ref_entropy[: len(tokens)])
-    write_shard(path, [hostile, *windows], shard_schema(512, True), {"fingerprint": read_dataset(layout), "unit": unit})
+    path.write_bytes(
+        encode_shard([hostile, *windows], shard_schema(512, True), {"fingerprint": read_dataset(layout), "unit": unit})
+    )
 
 
 class Tags(HTMLParser):

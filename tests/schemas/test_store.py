@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from schemas.config import Config
 from schemas.errors import UserError
-from schemas.files import publish, publish_once, remove_temporaries, sha256_file, temporary, write_atomic
 from schemas.fingerprint import difference, digest, model_fingerprint
 from schemas.receipt import Layout, read_dataset, read_receipts, write_dataset
+from schemas.store import NotWritten, Store, sha256_file, write_atomic
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
@@ -25,24 +25,37 @@ def names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
-def test_publish_once_never_replaces_and_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "receipt.json"
+def test_put_if_absent_never_replaces_and_says_so(tmp_path: Path) -> None:
     for content, expected in ((b"first", True), (b"second", False)):
-        partial = temporary(path)
-        partial.write_bytes(content)
-        assert publish_once(partial, path) is expected
-        assert path.read_bytes() == b"first"
+        assert Store(tmp_path).put_if_absent("receipt.json", content) is expected
+        assert (tmp_path / "receipt.json").read_bytes() == b"first"
     assert names(tmp_path) == ["receipt.json"]
 
 
-def test_publish_replaces_and_leaves_no_temporary(tmp_path: Path) -> None:
-    path = tmp_path / "shard"
+def test_put_replaces_and_leaves_no_temporary(tmp_path: Path) -> None:
     for content in (b"first", b"second"):
-        partial = temporary(path)
-        partial.write_bytes(content)
-        publish(partial, path)
-        assert path.read_bytes() == content
+        Store(tmp_path).put("shard", content)
+        assert Store(tmp_path).read("shard") == content
     assert names(tmp_path) == ["shard"]
+
+
+@pytest.mark.parametrize("put", ["put", "put_if_absent"])
+def test_what_the_disk_gives_back_differently_never_gets_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put: str
+) -> None:
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path)[:-1] + b"!")
+    with pytest.raises(NotWritten, match="reads back differently"):
+        getattr(Store(tmp_path), put)("shard", b"content")
+    assert names(tmp_path) == []
+
+
+def test_names_are_sorted_and_leave_out_what_is_not_finished(tmp_path: Path) -> None:
+    for name in ("b.json", "a.json", ".tmp-c.json-1", "d.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert Store(tmp_path).names(".", ".json") == ["a", "b"]
+    Store(tmp_path).sweep(".")
+    assert sorted(names(tmp_path)) == ["a.json", "b.json", "d.txt"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -60,7 +73,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_bytes(
         write_atomic(path, b"new")
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
-    assert remove_temporaries(path.parent) == 1 and names(path.parent) == ["file"]
+    assert names(path.parent) == ["file"]
 
 
 def test_a_file_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +82,7 @@ def test_a_file_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: 
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, name=name, real=real, **k: (calls.append(name), real(*a, **k))[1])
     write_atomic(tmp_path / "a", b"x")
-    partial = temporary(tmp_path / "b")
-    partial.write_bytes(b"x")
-    publish_once(partial, tmp_path / "b")
+    Store(tmp_path).put_if_absent("b", b"x")
     assert calls == ["fsync", "replace", "fsync", "fsync", "link", "fsync"]
 
 

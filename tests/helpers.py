@@ -1,0 +1,13 @@
+"""What tests share that is no fixture."""
+
+import json
+from pathlib import Path
+
+from schemas.seal import seal
+
+
+def edit_sealed(path: Path, **changes: object) -> None:
+    """Change fields of a sealed JSON file and seal it anew: what a careful forger would do, not what damage does."""
+    content = json.loads(path.read_text()) | changes
+    content.pop("hash", None)
+    path.write_bytes(seal(content))

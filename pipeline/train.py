@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluate import TargetLoss
-from pipeline.progress import bar
+from pipeline.progress import bar, console
 from schemas.config import Config, Context, Corpus, Objective, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
@@ -14,8 +14,8 @@ from schemas.models import local_model, open_tokenizer
 from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, read_documents, resolve, survey
 from trainer.data import MemoryWindows, ScoreShards, Source
-from trainer.loop import Run, train
-from trainer.ranks import die_with_parent, join, leave
+from trainer.loop import Run, Stopped, train
+from trainer.ranks import joined
 
 
 def train_live(config: Config, objective: Objective | None = None) -> Path:
@@ -45,22 +45,26 @@ def train_reference(config: Config) -> Path:
 
 def run_training(title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any) -> Path:
     """Run the trainer with a progress bar and held-out evaluation."""
-    die_with_parent()
-    ranks = join()
     evaluate = None
     if config.eval.target:
         evaluate = TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)
-    with bar(title, show=ranks.first) as progress:
-
-        def show(row: dict[str, Any], done: float) -> None:
-            loss = f"loss {row['loss_all']:.3f}, kept {row['loss_kept']:.3f}"
-            progress.update(done, f"{row['tokens_seen']:,} tokens, {row['tokens_per_second']:,.0f} tokens/s, {loss}")
-
+    with joined() as ranks:
         try:
-            return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show))
-        finally:
-            if ranks.world > 1:
-                leave()
+            with bar(title, show=ranks.first) as progress:
+
+                def show(row: dict[str, Any], done: float) -> None:
+                    loss = f"loss {row['loss_all']:.3f}, kept {row['loss_kept']:.3f}"
+                    speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+                    progress.update(done, f"{row['tokens_seen']:,} tokens, {speed}, {loss}")
+
+                return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show))
+        except Stopped as stopped:
+            if ranks.first:
+                console.print(
+                    f"{title}: stopped after step {stopped.step}, which is saved; the same command goes on from there",
+                    soft_wrap=True, highlight=False,
+                )  # fmt: skip
+            raise
 
 
 def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> MemoryWindows:

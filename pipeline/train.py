@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.evaluate import TargetLoss
 from pipeline.progress import bar
-from schemas.config import Config, Context, Corpus, Objective, Train
+from schemas.config import Config, Context, Corpus, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
@@ -18,25 +18,26 @@ from trainer.loop import Run, train
 from trainer.ranks import die_with_parent, join, leave
 
 
-def train_live(config: Config, objective: Objective | None = None) -> Path:
-    """Stage 2: train from the base on stored scores; one folder an objective. Returns the final model's folder."""
-    objective = objective or config.train.objective
-    settings = config.train.model_copy(update={"objective": objective, "output": config.train.output / objective})
+def train_live(config: Config) -> Path:
+    """Stage 2: train from the base on stored scores; one folder a run. Returns the final model's folder."""
+    settings = config.train.model_copy(update={"output": config.train.folder})
     source = ScoreShards(config.score.output, config.train.partial)
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
     changed = difference(source.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
     changed += difference(source.dataset["context"], config.context.model_dump(), "context")
     if changed:
-        raise UserError(f"{config.score.output}: scored otherwise than `base` and `context` say; use the same:\n  "
-                        + "\n  ".join(changed))  # fmt: skip
-    return run_training(f"train {objective}", config, settings, base, source, tokenizer)
+        raise UserError(
+            f"{config.score.output}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
+            "use the same tokenizer and context",
+        )
+    return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
 
 
 def train_reference(config: Config) -> Path:
     """Train the reference from the base on the curated corpus (Rho-1, section 3.1). Returns its folder."""
     if config.reference is None:
-        raise UserError("field `reference`: missing; give its corpus and train settings, or a finished score.model")
+        raise UserError("field `reference`: missing", "give its corpus and train settings, or a finished score.model")
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
     source = tokens_of(config.reference.corpus, tokenizer, config.context)
@@ -71,5 +72,7 @@ def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> MemoryWindows
         texts = [row.text for row in rows if isinstance(row, Document)]
         windows += [window for document in encode_in_batches(tokenizer, texts, context) for window in document]
     if not windows:
-        raise UserError(f"corpus: {corpus.paths or corpus.dataset}: no usable document; look at column `{corpus.text}`")
+        raise UserError(
+            f"corpus: {corpus.paths or corpus.dataset}: no usable document", f"look at column `{corpus.text}`"
+        )
     return MemoryWindows(windows)

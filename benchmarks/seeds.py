@@ -16,7 +16,6 @@ from rich.table import Table
 
 from pipeline import cli
 from pipeline.report.build import SHORT, Arm, compute_curve, ratio, read_arms, read_cost, speed_up
-from schemas.config import load_config
 
 RUNS = "runs/seeds"
 
@@ -28,12 +27,9 @@ def main(
     """Run what has not been run, then print one row a seed and the means."""
     found = []
     for seed in range(seeds):
-        path = Path(RUNS, f"{seed}.yaml")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(config.read_text().replace("runs/demo/", f"{RUNS}/{seed}/"))
-        settings = [f"train.seed={seed}", f"reference.train.seed={seed}"]
-        cli.demo(path, settings)
-        loaded = load_config(path)
+        settings = [f"root={RUNS}/{seed}", f"train.seed={seed}", f"reference.train.seed={seed}"]
+        cli.demo(config, settings)
+        loaded = cli.read_config(config, settings)
         found.append((read_arms(loaded.train.output), read_cost(loaded)))
     head = [f"{SHORT[name]} final" for name in SHORT]
     table = Table("seed", *head, "SLM: fewer tokens", "random: fewer tokens", "SLM: less compute", title="nats/token")

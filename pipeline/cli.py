@@ -3,12 +3,15 @@
 import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from schemas.config import Config, load_config
+from pipeline.failure import explain
+from pipeline.progress import say
+from schemas.config import Config, load_config, parse_yaml
 from schemas.errors import UserError
 
 # Forked tokenizer threads would only warn; stage 1 parallelises over workers.
@@ -17,38 +20,62 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Selective Language Modeling (Rho-1): score every token once with a reference model, then train only on"
     " the tokens worth learning.",
 )
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file that describes the experiment.")]
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="YAML file of the experiment, or the name of a shipped one (demo).")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override a field, e.g. --set train.keep=0.7 (YAML value).")
 ]
-ScaleOption = Annotated[float, typer.Option(min=0.01, help="Share of the demo's text; 0.05 is a smoke run.")]
-DEMO = Path("configs/demo.yaml")
+ScaleOption = Annotated[float, typer.Option(min=0.01, max=1, help="Share of the demo's text; 0.05 is a smoke run.")]
+DEMO = Path("demo")
 ARMS = ("clm", "random", "slm")
 
 
-def read_config(path: Path, settings: list[str] | None) -> Config:
-    """Read the config with `field=value` overrides applied."""
-    import yaml
-
-    overrides = {}
+def read_config(path: Path, settings: list[str] | None, **given: str | None) -> Config:
+    """Read the config with `field=value` overrides applied; `given` are fields of `train` that options name."""
+    overrides: dict[str, Any] = {}
     for item in settings or []:
         field, mark, value = item.partition("=")
-        if not mark:
-            raise UserError(f"--set {item}: must be field=value, as in --set train.keep=0.7")
-        overrides[field] = yaml.safe_load(value)
-    return load_config(path, overrides)
+        if not mark or not field.strip("."):
+            raise UserError(f"--set {item}: is not field=value", "write it as in --set train.keep=0.7")
+        try:
+            overrides[field] = parse_yaml(value)
+        except ValueError as error:
+            raise UserError(f"--set {item}: the value {error}", "quote it as YAML would be") from error
+    overrides |= {f"train.{field}": value for field, value in given.items() if value is not None}
+    return load_config(find_config(path), overrides)
+
+
+def find_config(path: Path) -> Path:
+    """The file itself, or the shipped config of that name."""
+    shipped = Path(__file__).resolve().parents[1] / "configs" / f"{path.stem}.yaml"
+    by_name = path in (Path(path.stem), Path("configs", shipped.name))
+    return shipped if by_name and not path.is_file() and shipped.exists() else path
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        say(f"tokensift {version('tokensift')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Selective Language Modeling (Rho-1): score every token once, then train only on the tokens worth learning."""
 
 
 @app.command()
 def demo(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption = 1.0) -> None:
     """The whole road on made data: base, reference, score, clm / random / slm, evaluation, report. Resumes."""
-    from pipeline.progress import console
-
     started = time.monotonic()
     data(config, set_, scale)
     base(config, set_)
@@ -58,28 +85,43 @@ def demo(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption
         train(config, set_, objective)
     eval_([], config, set_)
     report(config, set_)
-    console.print(f"demo done in {(time.monotonic() - started) / 60:.1f} minutes")
+    say(f"demo done in {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 @app.command()
 def data(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption = 1.0) -> None:
     """Build the demo's data from installed packages: noisy corpus, curated corpus, held-out text and problems."""
-    from pipeline.demo.data import build
-    from pipeline.progress import console
-
     loaded = read_config(config, set_)
+    from pipeline.demo.base import data_folder
+    from pipeline.demo.data import build
+
     folder = data_folder(loaded)
     files = build(folder, loaded.train.seed, scale)["files"]
-    console.print(f"data: {len(files)} files, {sum(f['bytes'] for f in files.values()) / 1e6:.1f} MB in {folder}")
+    say(f"data: {len(files)} files, {sum(f['bytes'] for f in files.values()) / 1e6:.1f} MB in {folder}")
 
 
 @app.command()
 def base(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
     """Train the demo's tiny base model from nothing (real runs name a base from the hub instead)."""
+    loaded = read_config(config, set_)
     from pipeline.demo.base import make_base
 
-    loaded = read_config(config, set_)
-    make_base(loaded, data_folder(loaded))
+    make_base(loaded)
+
+
+@app.command()
+def init(
+    base: Annotated[str, typer.Option(help="Model to start from: a folder or a hub name.")],
+    corpus: Annotated[list[str], typer.Option(help="Files to score and train on; globs and URLs allowed; repeatable.")],
+    curated: Annotated[list[str] | None, typer.Option(help="Small curated files to train the reference on.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Or a finished reference model of the same tokenizer.")] = None,
+    name: Annotated[str, typer.Option(help="The experiment's name; outputs go to runs/<name>.")] = "mine",
+    text: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+) -> None:
+    """Write the smallest config for your own corpus and model, after a look at both; prints what to type next."""
+    from pipeline.init import write_config
+
+    write_config(Path(f"{name}.yaml"), name, base, corpus, curated or [], reference, text)
 
 
 @app.command()
@@ -105,14 +147,13 @@ def train(
     config: ConfigOption = DEMO,
     set_: SetOption = None,
     objective: Annotated[str | None, typer.Option(help="clm, slm or random; default: the config's.")] = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run's folder; default: the objective.")] = None,
 ) -> None:
     """Stage 2: train on stored scores. Resumes from the last checkpoint; under torchrun, on every GPU."""
-    if objective not in (None, *ARMS):
-        raise UserError(f"--objective {objective}: must be one of {', '.join(ARMS)}")
-    loaded = read_config(config, set_)
+    loaded = read_config(config, set_, objective=objective, run=run)
     from pipeline.train import train_live
 
-    train_live(loaded, objective)  # type: ignore[arg-type]
+    train_live(loaded)
 
 
 @app.command("eval")
@@ -131,7 +172,7 @@ def eval_(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A score dataset or one score shard.")],
-    documents: Annotated[int, typer.Option(help="Documents to show, coloured by reference loss.")] = 3,
+    documents: Annotated[int, typer.Option(min=0, help="Documents to show, coloured by reference loss.")] = 3,
     tokenizer: Annotated[
         str | None, typer.Option(help="Model folder or name whose tokenizer spells the tokens.")
     ] = None,
@@ -140,24 +181,23 @@ def inspect(
     from pipeline.inspect import inspect as show
 
     speller = None
-    if tokenizer:
+    if tokenizer is not None:
         from schemas.models import local_model, open_tokenizer
 
-        speller = open_tokenizer(local_model(tokenizer), "--tokenizer")
+        speller = open_tokenizer(local_model(tokenizer, "--tokenizer"), "--tokenizer")
     show(path, speller, documents)
 
 
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(help="A score dataset or one score shard.")]) -> None:
     """Hash everything again and say what is broken and how to mend it."""
-    from pipeline.progress import console
     from pipeline.verify import verify as check
 
     problems = check(path)
     for problem in problems:
-        console.print(problem, style="red", highlight=False, soft_wrap=True)
+        say(problem, style="red")
     if not problems:
-        console.print(f"{path}: everything matches its receipt")
+        say(f"{path}: everything matches its receipt")
     raise_exit(len(problems))
 
 
@@ -165,15 +205,9 @@ def verify(path: Annotated[Path, typer.Argument(help="A score dataset or one sco
 def report(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
     """One self-contained HTML page: curves, speed-up, kept and dropped losses, coloured documents."""
     loaded = read_config(config, set_)
-    from pipeline.progress import console
     from pipeline.report.build import build_report
 
-    console.print(f"report: {build_report(loaded)}", soft_wrap=True)
-
-
-def data_folder(config: Config) -> Path:
-    """Where the demo's data lie: two levels above the corpus files of its config."""
-    return Path(config.corpus.paths[0]).parent.parent
+    say(f"report: {build_report(loaded)}")
 
 
 def raise_exit(problems: int) -> None:
@@ -183,14 +217,11 @@ def raise_exit(problems: int) -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message on standard error and exit status 2."""
+    """Entry point: whatever goes wrong is one message on standard error; a user's mistake exits with status 2."""
     try:
         app()
-    except UserError as error:
-        from rich.console import Console
-
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True, markup=True)
-        sys.exit(2)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(explain(error))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from rich.table import Table
 from pipeline.progress import bar, console
 from schemas.batch import IGNORE, collate
 from schemas.config import Config, Context
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.models import local_model, open_model, open_tokenizer
 from trainer.live import Live, choose_none
 
@@ -41,7 +41,9 @@ class TargetLoss:
                 self.prompts.append(len(prompt))
                 self.bytes += len(tokenizer.decode(text).encode())
         if not self.windows:
-            raise UserError(f"eval.target: {path} has no row that fits in context.window ({context.window}); raise it")
+            raise UserError(
+                f"eval.target: {path} has no row that fits in context.window ({context.window})", "raise the window"
+            )
 
     @torch.no_grad()
     def __call__(self, live: Live) -> dict[str, float]:
@@ -101,23 +103,25 @@ def answers(text: str, gold: str) -> bool:
 def read_rows(path: Path, field: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     """JSON lines that all have `keys`. Raises UserError naming file and line."""
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{field}: {path} cannot be read ({error.strerror}); mend the path") from error
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{field}: {path} cannot be read ({first_line(error)})", "mend the path or the file") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows.append({key: row[key] for key in keys})
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: not a JSON object with {', '.join(keys)}: {error}") from error
+            raise UserError(
+                f"{path}:{number}: not a JSON object with {', '.join(keys)} ({first_line(error)})", f"mend {field}"
+            ) from error
     return rows
 
 
 def evaluate_models(config: Config, models: list[str]) -> list[dict]:
     """Evaluate and print; without names, the base, the reference and every finished arm."""
     if not (config.eval.target or config.eval.problems):
-        raise UserError("field `eval`: give eval.target or eval.problems")
+        raise UserError("field `eval`: nothing to evaluate on", "give eval.target or eval.problems")
     arms = sorted(str(path.parent) for path in config.train.output.glob("*/final/config.json"))
     rows = []
     with bar("evaluate") as progress:

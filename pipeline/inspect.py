@@ -13,7 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from pipeline.progress import console as default_console
-from schemas.errors import UserError, first_line
+from schemas.errors import UserError, first_line, printable
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Layout, read_dataset, read_receipts
 from schemas.shard import DECODING, Window, open_shard, read_windows, shard_metadata
 
@@ -78,11 +78,6 @@ def spell(tokenizer: Any, ids: list[int]) -> list[str]:
         else:
             spelt += [piece for _, piece in run]
     return [printable(piece) for piece in spelt]
-
-
-def printable(text: str) -> str:
-    """`text` without what could drive a terminal or break XML; newlines and tabs stay."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

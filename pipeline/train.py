@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluate import TargetLoss
-from pipeline.progress import bar, console
-from schemas.config import Config, Context, Corpus, Objective, Train
+from pipeline.progress import bar, say
+from schemas.config import Config, Context, Corpus, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
@@ -15,28 +15,31 @@ from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, read_documents, resolve, survey
 from trainer.data import MemoryWindows, ScoreShards, Source
 from trainer.loop import Run, Stopped, train
-from trainer.ranks import joined
+from trainer.ranks import die_with_parent, joined
 
 
-def train_live(config: Config, objective: Objective | None = None) -> Path:
-    """Stage 2: train from the base on stored scores; one folder an objective. Returns the final model's folder."""
-    objective = objective or config.train.objective
-    settings = config.train.model_copy(update={"objective": objective, "output": config.train.output / objective})
+def train_live(config: Config) -> Path:
+    """Stage 2: train from the base on stored scores; one folder a run. Returns the final model's folder."""
+    die_with_parent()
+    settings = config.train.model_copy(update={"output": config.train.folder})
     source = ScoreShards(config.score.output, config.train.partial)
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
     changed = difference(source.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
     changed += difference(source.dataset["context"], config.context.model_dump(), "context")
     if changed:
-        raise UserError(f"{config.score.output}: scored otherwise than `base` and `context` say; use the same:\n  "
-                        + "\n  ".join(changed))  # fmt: skip
-    return run_training(f"train {objective}", config, settings, base, source, tokenizer)
+        raise UserError(
+            f"{config.score.output}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
+            "use the same tokenizer and context",
+        )
+    return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
 
 
 def train_reference(config: Config) -> Path:
     """Train the reference from the base on the curated corpus (Rho-1, section 3.1). Returns its folder."""
+    die_with_parent()
     if config.reference is None:
-        raise UserError("field `reference`: missing; give its corpus and train settings, or a finished score.model")
+        raise UserError("field `reference`: missing", "give its corpus and train settings, or a finished score.model")
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
     source = tokens_of(config.reference.corpus, tokenizer, config.context)
@@ -60,10 +63,7 @@ def run_training(title: str, config: Config, settings: Train, base: Path, source
                 return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show))
         except Stopped as stopped:
             if ranks.first:
-                console.print(
-                    f"{title}: stopped after step {stopped.step}, which is saved; the same command goes on from there",
-                    soft_wrap=True, highlight=False,
-                )  # fmt: skip
+                say(f"{title}: stopped after step {stopped.step}, which is saved; the same command goes on from there")
             raise
 
 
@@ -75,5 +75,7 @@ def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> MemoryWindows
         texts = [row.text for row in rows if isinstance(row, Document)]
         windows += [window for document in encode_in_batches(tokenizer, texts, context) for window in document]
     if not windows:
-        raise UserError(f"corpus: {corpus.paths or corpus.dataset}: no usable document; look at column `{corpus.text}`")
+        raise UserError(
+            f"corpus: {corpus.paths or corpus.dataset}: no usable document", f"look at column `{corpus.text}`"
+        )
     return MemoryWindows(windows)

@@ -1,27 +1,37 @@
-"""The config: one YAML file for every verb. Unknown fields are refused, paths are relative to the working folder."""
+"""The config: one YAML file for every verb. Unknown fields are refused, paths are relative to the working folder.
 
+Everything an experiment makes lies below its `root`; `{root}` in any text of the file stands for it, so one override
+(`--set root=elsewhere`) moves the whole experiment.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 
 Dtype = Literal["float32", "bfloat16"]
 Objective = Literal["clm", "slm", "random"]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]  # it becomes a folder's
+MOST_TOKENS = 2**31 - 1
+MOST_VALUES = 10_000  # of a config file: a handful of YAML aliases can stand for more than any memory holds
 
 
 class Section(BaseModel):
     """A part of the config: immutable, and a misspelt field is an error, not a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Context(Section):
     """The context policy: which tokens a loss is conditioned on, the same in both stages."""
 
-    window: int = Field(default=2048, ge=2, description="most tokens the model attends over")
+    window: int = Field(default=2048, ge=2, le=MOST_TOKENS, description="most tokens the model attends over")
     bos: bool = Field(default=True, description="the first window of a document begins with the tokenizer's BOS")
     eos: bool = Field(default=True, description="the last window of a document ends with the tokenizer's EOS")
 
@@ -52,13 +62,15 @@ class Score(Section):
     output: Path
     engine: Literal["hf", "vllm"] = Field(default="hf", description="hf: packed Hugging Face forward; vllm: its own")
     dtype: Dtype = "bfloat16"
-    batch_tokens: int = Field(default=16_384, ge=1, description="tokens of one forward pass of one worker")
+    batch_tokens: int = Field(
+        default=16_384, ge=1, le=MOST_TOKENS, description="tokens of one forward pass of one worker"
+    )
     unit_bytes: int = Field(
         default=64_000_000, ge=1, description="input bytes of one unit, the least work a crash can cost"
     )
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, le=100_000)
     cpus_per_worker: int = Field(
-        default=1, ge=1, description="also the worker's thread count: it is part of the arithmetic"
+        default=1, ge=1, le=4096, description="also the worker's thread count: it is part of the arithmetic"
     )
     gpus_per_worker: float = Field(default=0, ge=0)
     address: str | None = Field(default=None, description="null: a local Ray; auto: the cluster this node belongs to")
@@ -69,15 +81,20 @@ class Score(Section):
 class Train(Section):
     """One training run; the reference's run and the live model's run share these fields."""
 
-    output: Path
+    output: Path = Field(
+        description="folder of the runs; default: {root}/train, and {root}/reference for the reference"
+    )
+    run: Name | None = Field(default=None, description="the run's own folder below `output`; null: the objective")
     objective: Objective = "clm"
     keep: float = Field(default=0.6, gt=0, le=1, description="share of valid tokens that `slm` and `random` train on")
     scope: Literal["micro", "sequence"] = "micro"
-    seed: int = 0
+    seed: Seed = 0
     epochs: float | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0, description="length of the run in row tokens (padding counted)")
-    tokens_per_step: int = Field(default=1_048_576, ge=1)
-    row_tokens: int | None = Field(default=None, description="tokens of one packed row; null: context.window")
+    tokens_per_step: int = Field(default=1_048_576, ge=1, le=MOST_TOKENS)
+    row_tokens: int | None = Field(
+        default=None, ge=2, le=MOST_TOKENS, description="tokens of one packed row; null: context.window"
+    )
     micro_rows: int = Field(default=8, ge=1, description="most rows of one forward and backward on one rank")
     shuffle_groups: int = Field(default=16, ge=1, description="row groups shuffled together, held in memory")
     learning_rate: float = Field(default=8e-5, gt=0)
@@ -85,7 +102,7 @@ class Train(Section):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the run")
     decay: float = Field(default=0.2, gt=0, le=1, description="share of the run that `wsd` decays over")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     dtype: Dtype = "bfloat16"
@@ -101,6 +118,11 @@ class Train(Section):
             raise ValueError("give either `epochs` or `tokens`")
         return self
 
+    @property
+    def folder(self) -> Path:
+        """Where this run writes."""
+        return self.output / (self.run or self.objective)
+
 
 class Reference(Section):
     """The reference model: the base trained further on a small curated corpus (Rho-1, section 3.1)."""
@@ -114,7 +136,7 @@ class Evaluation(Section):
 
     target: Path | None = None
     problems: Path | None = None
-    batch_tokens: int = 16_384
+    batch_tokens: int = Field(default=16_384, ge=1, le=MOST_TOKENS, description="tokens of one forward")
     new_tokens: int = Field(default=200, ge=1, description="longest answer generated to a problem")
 
 
@@ -122,6 +144,7 @@ class Config(Section):
     """Everything one experiment needs."""
 
     name: str
+    root: Path = Field(description="folder of all that the experiment makes; default: runs/<name>")
     base: str = Field(description="the model both the reference and the live model start from")
     context: Context = Context()
     corpus: Corpus
@@ -130,32 +153,84 @@ class Config(Section):
     train: Train
     eval: Evaluation = Evaluation()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _below_the_root(cls, raw: Any) -> Any:
+        """Fill in `root` and the folders below it, and put it where texts say `{root}`."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("root", ""), str | Path):
+            return raw  # the fields' own checks say what is wrong
+        root = str(raw.get("root") or f"runs/{raw.get('name')}")
+        filled = {"root": root, **raw}
+        for section, folder in (("score", "scores"), ("train", "train")):
+            filled[section] = _with_output(raw.get(section), f"{root}/{folder}")
+        if isinstance(reference := raw.get("reference"), Mapping):
+            filled["reference"] = {**reference, "train": _with_output(reference.get("train"), f"{root}/reference")}
+        return _replace(filled, "{root}", root)
 
-def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
+
+def _with_output(section: Any, folder: str) -> Any:
+    return {"output": folder, **section} if isinstance(section, Mapping) else section
+
+
+def _replace(value: Any, mark: str, text: str) -> Any:
+    if isinstance(value, str):
+        return value.replace(mark, text)
+    if isinstance(value, Mapping):
+        return {key: _replace(item, mark, text) for key, item in value.items()}
+    return [_replace(item, mark, text) for item in value] if isinstance(value, list) else value
+
+
+def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a config file; `overrides` are dotted fields (`train.keep`) with their values.
 
     Raises UserError naming the file and each wrong field.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a config with --config") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "give a config with --config") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {first_line(error)}", "mend it; `tokensift init` writes one that works") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a mapping of fields, as in configs/demo.yaml")
-    for dotted, value in (overrides or {}).items():
-        *parents, leaf = dotted.split(".")
-        node = raw
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
+        raise UserError(f"{path}: must be a mapping of fields", "write it as in configs/demo.yaml")
+    for field, value in (overrides or {}).items():
+        _set(raw, field, value)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_describe(item) for item in error.errors())) from error
+        wrong = "; ".join(_describe(item) for item in error.errors())
+        raise UserError(f"{path}: {wrong}", "see configs/ for examples") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """One YAML value. Raises ValueError, saying what is wrong in a line, for all that is not one of sane size."""
+    try:
+        value = yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError("is not valid YAML: " + " ".join(str(error).split())) from None
+    waiting, seen = [value], 0
+    while waiting:
+        item = waiting.pop()
+        waiting += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        if (seen := seen + 1) > MOST_VALUES:
+            raise ValueError(f"holds more than {MOST_VALUES} values, or itself")
+    return value
+
+
+def _set(raw: dict[str, Any], field: str, value: Any) -> None:
+    *parents, leaf = field.split(".")
+    node: Any = raw
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {field}: `{parent}` holds {node!r}, which has no fields", f"override `{parent}`")
+    node[leaf] = value
 
 
 def _describe(item: Any) -> str:
     field = ".".join(str(part) for part in item["loc"]) or "config"
-    return f"field `{field}`: {item['msg']}"
+    return f"field `{field}`: {item['msg'].removeprefix('Value error, ')}"

@@ -115,12 +115,21 @@ def open_tokenizer(folder: Path, field: str) -> Any:
 
 def check_vocabulary(folder: Path, tokenizer: Any, field: str) -> None:
     """Raise UserError if the tokenizer makes tokens that the model in `folder` has no embedding for."""
-    try:
-        size = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
-    except BROKEN_FILES as error:
-        raise UserError(f"{field}: {folder}/config.json cannot be read ({first_line(error)})", "mend it") from error
+    size = _text_config(folder, field).vocab_size
     if size < len(tokenizer):
         raise UserError(
             f"{field}: {folder} knows {size} tokens, its tokenizer makes {len(tokenizer)}",
             "use the tokenizer that the model was trained with",
         )
+
+
+def positions(folder: Path, field: str) -> int | None:
+    """Most tokens that a model attends over, None if its config names no limit. Raises UserError if it has no config."""
+    return getattr(_text_config(folder, field), "max_position_embeddings", None)
+
+
+def _text_config(folder: Path, field: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except BROKEN_FILES as error:
+        raise UserError(f"{field}: {folder}/config.json cannot be read ({first_line(error)})", "mend it") from error

@@ -7,6 +7,8 @@ folder. A put writes beside the name, makes the bytes durable, reads them back, 
 import hashlib
 import os
 import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,20 +32,20 @@ class Store:
     def put(self, name: str, content: bytes) -> None:
         """Give `content` the name, replacing what had it. Raises NotWritten if it reads back differently."""
         path = self.path(name)
-        partial = _write_beside(path, content)
-        os.replace(partial, path)
+        with _written_beside(path, content) as partial:
+            os.replace(partial, path)
         fsync_folder(path.parent)
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
         """`put`, unless the name is taken; whether it was given."""
         path = self.path(name)
-        partial = _write_beside(path, content)
-        try:
-            os.link(partial, path)
-            published = True
-        except FileExistsError:
-            published = False
-        partial.unlink()
+        with _written_beside(path, content) as partial:
+            try:
+                os.link(partial, path)
+                published = True
+            except FileExistsError:
+                published = False
+            partial.unlink()
         fsync_folder(path.parent)
         return published
 
@@ -96,15 +98,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _write_beside(path: Path, content: bytes) -> Path:
-    """`content`, durable, under a name in `path`'s own folder that no reader takes for data."""
+@contextmanager
+def _written_beside(path: Path, content: bytes) -> Generator[Path]:
+    """`content`, durable, under a name in `path`'s own folder that no reader takes for data; it goes if the block fails."""
     partial = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         partial.write_bytes(content)
         fsync_file(partial)
         if partial.read_bytes() != content:
             raise NotWritten(f"{partial}: reads back differently from what was written; check disk and memory")
-    except OSError:
+        yield partial
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return partial

@@ -15,21 +15,30 @@ from score_jobs.corpus import Document, read_documents, resolve, survey
 VOCABULARY = 2048
 
 
-def make_base(config: Config, data: Path) -> Path:
-    """A 1M-parameter Llama trained on pages that are not in the corpus; stands for TinyLlama."""
-    final = Path(config.base)
-    if final.name != "final":
+def data_folder(config: Config) -> Path:
+    """Where the demo's data lie. Raises UserError for a config whose corpus or base is somebody's own."""
+    folder = config.root / "data"
+    if any(folder not in Path(path).parents for path in config.corpus.paths or ["elsewhere"]):
+        raise UserError(f"corpus.paths: not below {folder}, so this is not a demo's config", "use configs/demo.yaml")
+    if Path(config.base) != config.root / "base" / "final":
         raise UserError(
-            f"base: `{config.base}` is not a demo config's; the demo trains its own base into <folder>/final"
+            f"base: `{config.base}` is not {config.root}/base/final, so this is not a demo's config",
+            "use configs/demo.yaml",
         )
-    pages = Corpus(paths=[str(data / "base" / "*.jsonl.zst")])
-    start = final.parent / "init"
+    return folder
+
+
+def make_base(config: Config) -> Path:
+    """A 1M-parameter Llama trained on pages that are not in the corpus; stands for TinyLlama."""
+    pages = Corpus(paths=[str(data_folder(config) / "base" / "*.jsonl.zst")])
+    output = config.root / "base"
+    start = output / "init"
     if not (start / "model.safetensors").exists():
         make_tokenizer([pages, config.corpus], start)
         torch.manual_seed(config.train.seed)
         LlamaForCausalLM(model_shape(config.context.window)).save_pretrained(start)
     settings = Train(
-        output=final.parent,
+        output=output,
         seed=config.train.seed,
         epochs=0.8,
         tokens_per_step=2048,

@@ -58,11 +58,13 @@ def build_report(config: Config) -> Path:
     """
     arms = read_arms(config.train.output)
     if not arms:
-        raise UserError(f"train.output: {config.train.output} has no arm's metrics.jsonl; run `tokensift train` first")
+        raise UserError(
+            f"train.output: {config.train.output} has no metrics of {', '.join(ARMS)}", "run `tokensift train` first"
+        )
     cost = read_cost(config)
     windows = judge_documents(config) if "slm" in arms and arms["slm"].finished else []
     sections = [
-        Section("Arms", arms_caption(arms), arms_table(arms)),
+        Section("Arms", arms_caption(arms) + left_out(config.train.output), arms_table(arms)),
         *curve_sections(arms, cost),
         Section("Kept and dropped tokens", "Loss in training, nats/token, averaged over neighbouring steps: what the"
                 " selection trains on and what it leaves.", selection_chart(arms) or "<p>No selective arm.</p>"),
@@ -172,6 +174,12 @@ def arms_caption(arms: dict[str, Arm]) -> str:
         f"{begin}; final losses compare them with the learning rate fully decayed. The speed-up is in tokens to"
         " CLM's final loss: an arm that gets there early does so before its learning rate has decayed."
     )
+
+
+def left_out(output: Path) -> str:
+    """Which runs the page does not show: those of another name than an arm's."""
+    others = sorted(path.parent.name for path in output.glob("*/metrics.jsonl") if path.parent.name not in ARMS)
+    return f" Not shown: {', '.join(others)}." if others else ""
 
 
 def arms_table(arms: dict[str, Arm]) -> str:

@@ -55,7 +55,7 @@ def test_every_make_target_the_readme_names_is_explained_by_make_help() -> None:
         (("train", "--set", "train.keep=1.5"), ("train.keep", "less than or equal to 1")),
         (("train", "--set", "keep"), ("--set keep", "field=value")),
         (("train", "--set", "score.output=nowhere"), ("nowhere", "make score")),
-        (("train", "--objective", "best"), ("--objective best", "slm")),
+        (("train", "--objective", "best"), ("train.objective", "slm")),
         (("score", "--set", "score.model=./nowhere"), ("./nowhere", "make reference")),
         (("inspect", "nowhere"), ("nowhere",)),
         (("verify", "nowhere"), ("nowhere",)),

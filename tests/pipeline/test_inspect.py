@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from pipeline.inspect import inspect, printable, spell
+from pipeline.inspect import inspect, spell
 from schemas.config import Config
-from schemas.errors import UserError
+from schemas.errors import UserError, printable
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Layout, read_receipts
 from schemas.shard import Window, encode_shard, shard_schema
 
@@ -53,20 +53,20 @@ def test_documents_are_spelt_and_limited(scores: Config, tiny_model: Path) -> No
 def test_without_a_tokenizer_ids_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     one = Window("doc", 0, np.array([7, 41, 93]), np.array([np.nan, 0.005, 20], dtype=np.float16))
-    path.write_bytes(encode_shard([one], shard_schema(100, False), {"fingerprint": {"size": 100}}))
+    path.write_bytes(encode_shard([one], shard_schema(100, False), {"fingerprint": {"size": 100}, "unit": "a"}))
     assert "7 41 93" in shown(path)
 
 
 def test_low_and_high_losses_differ_in_colour(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     one = Window("doc", 0, np.array([7, 41, 93]), np.array([np.nan, 0.005, 20], dtype=np.float16))
-    path.write_bytes(encode_shard([one], shard_schema(100, False), {"fingerprint": {}}))
+    path.write_bytes(encode_shard([one], shard_schema(100, False), {"fingerprint": {}, "unit": "a"}))
     line = shown(path, force_terminal=True, color_system="truecolor").splitlines()[-1]
     assert "48;2;95;191;119m41" in line and "48;2;232;99;92m93" in line
 
 
 def test_an_empty_shard_is_shown(tmp_path: Path) -> None:
-    tmp_path / "a.parquet".write_bytes(encode_shard([], shard_schema(100, False), {"fingerprint": {}}))
+    (tmp_path / "a.parquet").write_bytes(encode_shard([], shard_schema(100, False), {"fingerprint": {}, "unit": "a"}))
     assert re.search(r"windows +0", shown(tmp_path / "a.parquet"))
 
 

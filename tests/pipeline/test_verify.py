@@ -1,8 +1,8 @@
 """Verify finds whatever differs from the receipts, names it, and never stops at one bad file."""
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +12,10 @@ import pytest
 from pipeline.verify import verify
 from schemas.config import Config
 from schemas.errors import UserError
-from schemas.receipt import Layout, read_receipts
-from schemas.shard import Window, encode_shard, shard_schema
+from schemas.receipt import Layout, read_dataset, read_receipts
+from schemas.shard import Window, encode_shard, open_shard, read_windows, shard_schema
+from schemas.store import sha256_file
+from tests.helpers import edit_sealed
 
 
 @pytest.fixture
@@ -29,11 +31,6 @@ def one(problems: list[str]) -> str:
     assert len(problems) == 1, problems
     assert "\n" not in problems[0]
     return problems[0]
-
-
-def edit_receipt(layout: Layout, unit: str, **changes: object) -> None:
-    path = layout.receipt(unit)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def write_lone(path: Path, windows: list[Window]) -> Path:
@@ -72,7 +69,8 @@ def test_a_missing_shard_is_found(layout: Layout) -> None:
 def test_an_uncommitted_shard_is_reported(layout: Layout) -> None:
     unit = next(unit for unit in units(layout) if not layout.quarantine(unit).exists())
     layout.receipt(unit).unlink()
-    problem = one(verify(layout.root, progress=False))
+    missing, problem = verify(layout.root, progress=False)
+    assert unit in missing and "run `make score`" in missing
     assert str(layout.shard(unit)) in problem and "not committed" in problem
 
 
@@ -85,16 +83,34 @@ def test_a_changed_quarantine_is_found(layout: Layout) -> None:
 @pytest.mark.parametrize("field", ["windows", "tokens", "loss_count"])
 def test_counts_are_held_against_the_receipt(layout: Layout, field: str) -> None:
     unit = units(layout)[0]
-    edit_receipt(layout, unit, **{field: 1})
+    edit_sealed(layout.receipt(unit), **{field: 1})
     assert field in one(verify(layout.root, progress=False))
 
 
+def with_other_dtype(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    return fingerprint | {"scorer": fingerprint["scorer"] | {"dtype": "float8"}}
+
+
 def test_a_shard_of_other_settings_is_found(layout: Layout) -> None:
-    raw = json.loads(layout.dataset.read_text())
-    raw["fingerprint"]["scorer"]["dtype"] = "float8"
-    layout.dataset.write_text(json.dumps(raw))
-    problems = verify(layout.root, progress=False)
-    assert len(problems) == len(units(layout)) and "scorer.dtype" in problems[0]
+    unit = units(layout)[0]
+    path = layout.shard(unit)
+    file = open_shard(path)
+    metadata = {"fingerprint": with_other_dtype(read_dataset(layout)), "unit": unit}
+    path.write_bytes(encode_shard(read_windows(file.read()), file.schema_arrow.remove_metadata(), metadata))
+    edit_sealed(layout.receipt(unit), bytes=path.stat().st_size, sha256=sha256_file(path))
+    problem = one(verify(layout.root, progress=False))
+    assert "scorer.dtype" in problem and str(path) in problem
+
+
+def test_an_edited_dataset_json_is_what_is_blamed_and_no_receipt_is_to_be_deleted(layout: Layout) -> None:
+    edit_sealed(layout.dataset, fingerprint=with_other_dtype(read_dataset(layout)))
+    problem = one(verify(layout.root, progress=False))
+    assert str(layout.dataset) in problem and "restore it" in problem and "delete" not in problem
+    layout.dataset.write_bytes(layout.dataset.read_bytes().replace(b"float8", b"float9"))
+    problem = one(verify(layout.root, progress=False))
+    assert "hash does not match" in problem and "restore it" in problem
+    edit_sealed(layout.dataset, fingerprint=None)
+    assert "no whole `fingerprint`" in one(verify(layout.root, progress=False))
 
 
 def test_one_bad_file_never_stops_the_rest(layout: Layout) -> None:
@@ -116,7 +132,7 @@ def test_a_swapped_row_is_found(tmp_path: Path) -> None:
     path = write_lone(tmp_path / "a.parquet", [window("x", [np.nan, 1]), window("yy", [np.nan, 2])])
     table = pq.read_table(path)
     tokens = pa.chunked_array([table["tokens"].combine_chunks().take(pa.array([1, 0]))])
-    pq.write_table(table.set_column(2, table.schema.field("tokens"), tokens), path)
+    pq.write_table(table.set_column(table.schema.get_field_index("tokens"), table.schema.field("tokens"), tokens), path)
     assert "token_hash in 2 rows" in one(verify(path))
 
 

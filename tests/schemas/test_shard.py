@@ -97,7 +97,7 @@ def test_float_columns_are_byte_stream_split_and_every_column_is_zstd_and_has_no
                     assert "BYTE_STREAM_SPLIT" in column.encodings
                     assert "RLE_DICTIONARY" not in column.encodings
         table = file.read()
-        assert table.schema.names == ["doc_id", "window", "tokens", "ref_loss", "ref_entropy", "token_hash"]
+        assert table.schema.names == ["doc_id", "row", "window", "tokens", "ref_loss", "ref_entropy", "token_hash"]
         assert not any(field.nullable for field in table.schema)
         assert not any(column.null_count for column in table.columns)
         assert not any(table[name].combine_chunks().flatten().null_count for name in ("tokens", "ref_loss"))

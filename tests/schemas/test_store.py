@@ -136,9 +136,10 @@ def test_dataset_json_is_written_once_and_read_back(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     with pytest.raises(UserError, match=r"dataset\.json"):
         read_dataset(layout)
-    write_dataset(layout, {"schema_version": 1, "a": 2})
-    write_dataset(layout, {"schema_version": 1, "a": 3})
-    assert read_dataset(layout) == {"schema_version": 1, "a": 2}
+    parts: dict[str, object] = {part: {} for part in ("tokenizer", "model", "corpus", "context", "scorer")}
+    write_dataset(layout, {"schema_version": 2, "a": 2, **parts})
+    write_dataset(layout, {"schema_version": 2, "a": 3, **parts})
+    assert read_dataset(layout) == {"schema_version": 2, "a": 2, **parts}
 
 
 def test_a_damaged_receipt_is_the_users_error_and_is_named(scores: Config, tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ def test_law_4_a_document_with_a_loss_that_float16_cannot_hold_costs_itself_alon
 
     def poisoned(windows: list) -> list:
         results = real(windows)
-        results[3].loss[1] = float("inf")
+        if len(results) > 3:  # not the canary's call
+            results[3].loss[1] = float("inf")
         return results
 
     worker.engine.score = poisoned  # type: ignore[method-assign]

@@ -223,10 +223,10 @@ def finished(world: tuple[Config, Path], score_here: Callable) -> tuple[Config, 
 def forbid_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     import score_jobs.job
 
-    def refuse(job: object) -> bool:
+    def refuse(*arguments: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(score_jobs.job, "_start_ray", refuse)
+    monkeypatch.setattr(score_jobs.job, "_score_units", refuse)
 
 
 def test_law_2_a_finished_dataset_is_not_touched_and_starts_no_ray(
@@ -309,14 +309,14 @@ def test_law_4_a_unit_whose_worker_always_dies_is_given_up_and_the_rest_finishes
     script = tmp_path / "deadly.py"
     script.write_text(
         "import os, sys\n"
-        "import score_jobs.job as job\n"
+        "import score_jobs.pool as pool\n"
         "from pipeline import cli\n"
-        "class Deadly(job._Actor):\n"
+        "class Deadly(pool.Actor):\n"
         "    def score(self, unit):\n"
         "        if unit.name.startswith('part-0'):\n"
         "            os._exit(9)\n"
         "        return super().score(unit)\n"
-        "job._Actor = Deadly\n"
+        "pool.Actor = Deadly\n"
         "cli.main()\n"
     )
     command = [sys.executable, str(script), "score", "-c", str(path), "-s", "score.attempts=2"]

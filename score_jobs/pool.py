@@ -8,10 +8,12 @@ can; where it cannot, it ends with one message.
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from schemas.config import Score
-from schemas.errors import UserError, first_line
+from schemas.errors import Stranded, UserError, first_line
 from schemas.receipt import Canary, Receipt
 from score_jobs.corpus import ShardError
 from score_jobs.keeper import Keeper
@@ -33,6 +35,7 @@ CANARY_TOLERANCE_NATS = {"float32": 0.001, "bfloat16": 0.03}
 POLL_SECONDS = 0.5
 START_SECONDS = 1800.0  # for a node to come free and a model to load
 LEAST_UNIT_SECONDS, UNIT_SECONDS_UNKNOWN, SLOWER = 120.0, 3600.0, 20.0
+CONNECT_SECONDS = 20.0
 SILENCE_SECONDS = 30.0  # without a word from the cluster; Ray itself aborts the driver after 60
 GO_ON = "what is scored stays: run `make score` again, it does the rest"
 
@@ -57,6 +60,7 @@ class Pool:
         self.calls: dict[ray.ObjectRef[Any], Call] = {}
         self.slowest = 0.0  # seconds a byte of input
         self.missing: list[str] = []
+        self.stop = threading.Event()
         self.note = "start workers"
 
     def run(self, finished: Callable[[Unit, Receipt], None], waited: Callable[[str], None]) -> list[str]:
@@ -70,20 +74,29 @@ class Pool:
         with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
             # Ray's own handler would print its stack; a preempted job ends as an interrupted one does.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Calls into a cluster that dies can block for good, so they are made where nobody waits for them.
+        driver = ThreadPoolExecutor(1)
         try:
-            _refuse_what_no_node_has(self.job.score)
-            for _ in range(min(self.job.score.workers, len(self.queue))):
-                self._start_actor()
-            while self.calls:
-                ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=POLL_SECONDS)
+            ended = driver.submit(self._drive, finished, waited)
+            while not wait([ended], POLL_SECONDS).done:
                 cluster.check()
-                for reference in ready:
-                    self._settle(reference, self.calls.pop(reference), finished)
-                self._end_what_hangs()
-                waited(self.note)
-            return self.missing
+            return ended.result()
         finally:
+            self.stop.set()
+            driver.shutdown(wait=False)
             cluster.close()
+
+    def _drive(self, finished: Callable[[Unit, Receipt], None], waited: Callable[[str], None]) -> list[str]:
+        _refuse_what_no_node_has(self.job.score)
+        for _ in range(min(self.job.score.workers, len(self.queue))):
+            self._start_actor()
+        while self.calls and not self.stop.is_set():
+            ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=POLL_SECONDS)
+            for reference in ready:
+                self._settle(reference, self.calls.pop(reference), finished)
+            self._end_what_hangs()
+            waited(self.note)
+        return self.missing
 
     def _start_actor(self) -> None:
         score = self.job.score
@@ -206,19 +219,17 @@ class Cluster:
     def check(self) -> None:
         """Raise UserError if the cluster is gone."""
         if self.keeper is not None and (dead := self.keeper.missing()):
-            raise UserError(f"Ray's {dead} died", GO_ON)
+            raise Stranded(f"Ray's {dead} died", GO_ON)
         if self.keeper is None and (silent := time.monotonic() - self.heard) > SILENCE_SECONDS:
-            raise UserError(
+            raise Stranded(
                 f"score.address: no word from the Ray cluster for {silent:.0f} s", f"start it again; {GO_ON}"
             )
 
     def close(self) -> None:
-        """Leave the cluster; nothing of one that we started stays."""
+        """Leave the cluster, unless it is gone; nothing of one that we started stays."""
         self.stop.set()
         lost = self.keeper.missing() if self.keeper else time.monotonic() - self.heard > SILENCE_SECONDS
-        if self.keeper and lost:
-            self.keeper.close()  # before the shutdown, which would wait for what is dead
-        if self.ours:
+        if self.ours and not lost:
             ray.shutdown()
         if self.keeper:
             self.keeper.close()
@@ -236,10 +247,13 @@ def _start(score: Score) -> Cluster:
         size |= {} if score.gpus_per_worker else {"num_gpus": 0}
     start = time.monotonic()
     try:
+        if ":" in (place := (score.address or "").removeprefix("ray://")):  # Ray itself would try for minutes
+            host, port = place.rsplit(":", 1)
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(
             address="local" if local else score.address, log_to_driver=False, logging_level=logging.CRITICAL, **size
         )
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+    except (OSError, RuntimeError, ValueError, OverflowError, RayError) as error:
         waited = time.monotonic() - start
         raise UserError(
             f"score.address: `{score.address}`: no Ray cluster after {waited:.0f} s ({first_line(error)})",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluate import TargetLoss
-from pipeline.progress import bar
+from pipeline.progress import bar, say
 from schemas.config import Config, Context, Corpus, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
@@ -14,12 +14,13 @@ from schemas.models import local_model, open_tokenizer
 from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, read_documents, resolve, survey
 from trainer.data import MemoryWindows, ScoreShards, Source
-from trainer.loop import Run, train
-from trainer.ranks import die_with_parent, join, leave
+from trainer.loop import Run, Stopped, train
+from trainer.ranks import die_with_parent, joined
 
 
 def train_live(config: Config) -> Path:
     """Stage 2: train from the base on stored scores; one folder a run. Returns the final model's folder."""
+    die_with_parent()
     settings = config.train.model_copy(update={"output": config.train.folder})
     source = ScoreShards(config.score.output, config.train.partial)
     base = local_model(config.base)
@@ -36,6 +37,7 @@ def train_live(config: Config) -> Path:
 
 def train_reference(config: Config) -> Path:
     """Train the reference from the base on the curated corpus (Rho-1, section 3.1). Returns its folder."""
+    die_with_parent()
     if config.reference is None:
         raise UserError("field `reference`: missing", "give its corpus and train settings, or a finished score.model")
     base = local_model(config.base)
@@ -46,22 +48,23 @@ def train_reference(config: Config) -> Path:
 
 def run_training(title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any) -> Path:
     """Run the trainer with a progress bar and held-out evaluation."""
-    die_with_parent()
-    ranks = join()
     evaluate = None
     if config.eval.target:
         evaluate = TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)
-    with bar(title, show=ranks.first) as progress:
-
-        def show(row: dict[str, Any], done: float) -> None:
-            loss = f"loss {row['loss_all']:.3f}, kept {row['loss_kept']:.3f}"
-            progress.update(done, f"{row['tokens_seen']:,} tokens, {row['tokens_per_second']:,.0f} tokens/s, {loss}")
-
+    with joined() as ranks:
         try:
-            return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show))
-        finally:
-            if ranks.world > 1:
-                leave()
+            with bar(title, show=ranks.first) as progress:
+
+                def show(row: dict[str, Any], done: float) -> None:
+                    loss = f"loss {row['loss_all']:.3f}, kept {row['loss_kept']:.3f}"
+                    speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+                    progress.update(done, f"{row['tokens_seen']:,} tokens, {speed}, {loss}")
+
+                return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show))
+        except Stopped as stopped:
+            if ranks.first:
+                say(f"{title}: stopped after step {stopped.step}, which is saved; the same command goes on from there")
+            raise
 
 
 def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> MemoryWindows:

@@ -1,10 +1,9 @@
 """Checkpoints: a Hugging Face folder plus optimizer state, published by one rename, readable on any number of ranks.
 
 Weights are whole float32 safetensors that `AutoModelForCausalLM.from_pretrained` loads; the optimizer's moments are
-whole safetensors too. Nothing is pickled. `state.json` holds a hash of every file beside it, and of itself.
+whole safetensors too. Nothing is pickled. `state.json` is sealed, and holds a hash of every file beside it.
 """
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from schemas.errors import UserError, first_line
-from schemas.fingerprint import difference, digest
+from schemas.fingerprint import difference
+from schemas.seal import seal, unseal
 from schemas.store import TEMPORARY_PREFIX, fsync_file, fsync_folder
 from trainer.live import Live
 from trainer.ranks import Ranks
@@ -53,19 +53,23 @@ def save(
 ) -> None:
     """Write a checkpoint to `folder`; every rank must call, the first one writes.
 
-    Peak host memory on the first rank: 4 bytes a parameter for the weights, and 8 more with an optimizer.
+    Host memory on the first rank, beside what training holds: gathered from GPUs or from several ranks, 4 bytes a
+    parameter for the weights, then, when they are written and gone, 8 for the moments; on one CPU nothing is copied.
     """
+    partial = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
     weights = get_model_state_dict(live, options=WHOLE)
-    moments: Any = get_optimizer_state_dict(live, optimizer, options=WHOLE).get("state", {}) if optimizer else {}
     if ranks.first:
-        partial = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         _save_weights(partial, live, weights)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+    del weights
+    moments: Any = get_optimizer_state_dict(live, optimizer, options=WHOLE).get("state", {}) if optimizer else {}
+    if ranks.first:
         if moments:
             save_file(_flat(moments), partial / OPTIMIZER)
-        _write_state(partial, state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        files = {name: _hash(partial / name) for name in _files(partial)}
+        (partial / STATE).write_bytes(seal({"state": asdict(state), "files": files}))
         _publish(partial, folder)
     ranks.wait()
 
@@ -80,37 +84,43 @@ def _save_weights(partial: Path, live: Live, weights: dict[str, Any]) -> None:
 
 def _flat(moments: dict[str, Any]) -> dict[str, torch.Tensor]:
     flat = {f"{name}|{key}": torch.as_tensor(moment[key]) for name, moment in moments.items() for key in MOMENTS}
-    return {name: tensor.contiguous().clone() for name, tensor in flat.items()}  # safetensors refuses shared memory
-
-
-def _write_state(folder: Path, state: State) -> None:
-    files = {path.name: _hash(path) for path in sorted(folder.iterdir())}
-    content = {"state": asdict(state), "files": files}
-    (folder / STATE).write_text(json.dumps({**content, "hash": digest(content)}, indent=1, sort_keys=True) + "\n")
+    return {name: tensor.contiguous() for name, tensor in flat.items()}
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    for path in partial.iterdir():
-        fsync_file(path)
-    fsync_folder(partial)
-    if folder.exists():  # an earlier one of this name is no longer wanted: it was damaged, or of a shorter run
-        shutil.rmtree(folder)
+    """Give a written checkpoint its name once every byte and every name below it is on the disk."""
+    for name in _files(partial):
+        fsync_file(partial / name)
+    for inner in {partial, *(path for path in partial.rglob("*") if path.is_dir())}:
+        fsync_folder(inner)
+    if folder.exists():  # of an earlier run of this step; whoever dies here goes on from the one before it
+        _delete(folder)
     partial.rename(folder)
     fsync_folder(folder.parent)
+
+
+def _delete(folder: Path) -> None:
+    """Take the name away first, so that nobody ever reads half a checkpoint."""
+    doomed = folder.with_name(f"{TEMPORARY_PREFIX}deleted-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of the files below a checkpoint, relative to it, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def load_state(folder: Path) -> State:
     """The state of a checkpoint whose every file is as it was written. Raises UserError naming one that is not."""
     path = folder / STATE
     try:
-        raw = json.loads(path.read_text())
-        stored, content = raw.pop("hash"), raw
-        state, files = State(**raw["state"]), dict(raw["files"])
-        if stored != digest(content):
-            raise ValueError("its hash does not match")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        content = unseal(path.read_bytes())
+        state, files = State(**content["state"]), dict(content["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged, or of another version of tokensift ({first_line(error)})", FIX) from error
-    found = {file.name for file in folder.iterdir()} - {STATE}
+    found = {*_files(folder)} - {STATE}
     for name in sorted(files.keys() | found):
         if name not in found:
             raise UserError(f"{folder / name}: missing", FIX)
@@ -145,8 +155,9 @@ def prune(folder: Path, keep: int, ranks: Ranks) -> None:
     """Delete all but the newest `keep` checkpoints, and what a killed run left half written."""
     if not ranks.first:
         return
-    for path in (*sorted(folder.glob("step-*"))[:-keep], *folder.glob(f"{TEMPORARY_PREFIX}*")):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        _delete(path)
+    remove_unfinished(folder)
 
 
 def refuse_changes(folder: Path, stored: State, origin: dict[str, Any]) -> None:
@@ -159,11 +170,11 @@ def refuse_changes(folder: Path, stored: State, origin: dict[str, Any]) -> None:
         )
 
 
-def remove_unfinished(output: Path) -> None:
-    """Delete what a killed run left half written in its output folder."""
-    for path in output.glob(f"{TEMPORARY_PREFIX}*"):
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed run left half written, or half deleted, in a folder."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
 

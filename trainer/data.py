@@ -5,7 +5,6 @@ shuffled inside blocks of `shuffle_groups` row groups. Each row group is therefo
 position in the order can be opened by reading one block. State is one integer: windows consumed.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ class ScoreShards:
     def __init__(self, root: Path, partial: bool = False):
         """Index a dataset; `partial` accepts one whose scoring did not come to its end.
 
-        Raises UserError if it is empty, unfinished, damaged, mixes settings or holds a unit twice.
+        Raises UserError if it is empty, unfinished or damaged, mixes settings, or holds a shard under another name.
         """
         layout = Layout(root)
         self.dataset: dict[str, Any] = read_dataset(layout)
@@ -48,10 +47,6 @@ class ScoreShards:
         self.groups: list[Group] = []
         for unit, receipt in receipts.items():
             self.groups += self._groups(layout.shard(unit), receipt)
-        twice = [number for number, count in Counter(item.sha256 for item in receipts.values()).items() if count > 1]
-        if twice:
-            units = sorted(item.unit for item in receipts.values() if item.sha256 == twice[0])
-            raise UserError(f"{root}: {' and '.join(units)} are one shard under two names", "run `tokensift verify`")
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
 

@@ -1,8 +1,12 @@
 """The head: losses of all tokens first, then a backward through the kept rows alone.
 
-The logits of the forward are kept in the compute dtype, so the backward needs no second product for them:
+The forward keeps log-probabilities in the compute dtype, so the backward needs no second product for them:
 2 + 4k products of rows x vocabulary instead of the 6 of a masked cross-entropy (k: kept share). When they
 would not fit, kept rows are projected again (2 + 6k).
+
+Kept as log-probabilities, bfloat16 costs the gradient nothing beside what its products cost (0.3 to 0.5 % of the
+largest entry, kept or projected again): rounding is relative, and the probable tokens' are near zero. Kept as logits
+it cost 0.7, 3.6 and 8.9 % at logits of standard deviation 2, 5 and 10.
 """
 
 from collections.abc import Callable
@@ -13,8 +17,14 @@ import torch
 from schemas.batch import IGNORE
 from schemas.loss import CHUNK_TOKENS, project
 
-KEPT_LOGITS_BYTES = 2 << 30
-Choose = Callable[[torch.Tensor], torch.Tensor]  # float32 losses [n] -> mask [n]
+KEPT_BYTES = 2 << 30
+Choose = Callable[[torch.Tensor], torch.Tensor]  # float32 losses of any shape -> mask of the same shape
+
+
+def log_probabilities(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Float32 [n, vocab] of hidden [n, d] under the head `weight` [vocab, d]; one tensor of that size is made."""
+    logits = project(hidden, weight)
+    return logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True))
 
 
 class KeptLoss(torch.autograd.Function):
@@ -26,32 +36,31 @@ class KeptLoss(torch.autograd.Function):
 
         Returns (sum of kept losses in nats, losses float32 [n] with NaN where unpredicted, mask).
         """
-        fits = hidden.shape[0] * weight.shape[0] * hidden.element_size() <= KEPT_LOGITS_BYTES
-        logits = hidden.new_empty(hidden.shape[0], weight.shape[0]) if fits else None
-        losses, log_z = torch.full((2, hidden.shape[0]), torch.nan, device=hidden.device).unbind()
+        fits = hidden.shape[0] * weight.shape[0] * hidden.element_size() <= KEPT_BYTES
+        stored = hidden.new_empty(hidden.shape[0], weight.shape[0]) if fits else None
+        losses = torch.full((hidden.shape[0],), torch.nan, device=hidden.device)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            chunk = project(hidden[rows], weight)
-            log_z[rows] = torch.logsumexp(chunk, dim=1)
-            losses[rows] = log_z[rows] - chunk.gather(1, targets[rows].clamp_min(0)[:, None]).squeeze(1)
-            if logits is not None:
-                logits[rows] = chunk
+            log_p = log_probabilities(hidden[rows], weight)
+            losses[rows] = -log_p.gather(1, targets[rows].clamp_min(0)[:, None]).squeeze(1)
+            if stored is not None:
+                stored[rows] = log_p
         losses = torch.where(targets == IGNORE, torch.nan, losses)
         mask = choose(losses)
-        ctx.save_for_backward(hidden, weight, targets, log_z, mask, logits)
+        ctx.save_for_backward(hidden, weight, targets, mask, stored)
         ctx.mark_non_differentiable(losses, mask)
         return losses[mask].sum(), losses, mask
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any):  # type: ignore[override]
         """Softmax minus one-hot on the kept rows, in two products."""
-        hidden, weight, targets, log_z, mask, logits = ctx.saved_tensors
+        hidden, weight, targets, mask, stored = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in torch.nonzero(mask).squeeze(1).split(CHUNK_TOKENS):
             kept = hidden[rows]
-            chunk = project(kept, weight) if logits is None else logits[rows].float()
-            chunk = chunk.sub_(log_z[rows, None]).exp_()
+            log_p = log_probabilities(kept, weight) if stored is None else stored[rows].float()
+            chunk = log_p.exp_()
             chunk.scatter_add_(1, targets[rows, None], chunk.new_full((len(rows), 1), -1.0))
             chunk = chunk.mul_(grad).to(hidden.dtype)
             grad_hidden[rows] = chunk @ weight

@@ -1,6 +1,5 @@
 """The live model: any opened causal LM, wrapped so that one forward gives losses, selection and loss sum."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +10,7 @@ from schemas.batch import Batch
 from schemas.errors import UserError
 from schemas.forward import Opened, forward
 from schemas.loss import losses_of_logits
-from trainer.head import KeptLoss
-
-Choose = Callable[[torch.Tensor], torch.Tensor]  # float32 losses [rows, row_tokens] -> mask of the same shape
+from trainer.head import Choose, KeptLoss
 
 
 class Judged(NamedTuple):

@@ -29,7 +29,9 @@ from trainer.stream import Geometry, MicroBatch, Order, Step, prefetched, steps
 
 # What may differ on resume: it decides no number.
 FREE_SETTINGS = {"output", "run", "checkpoint_every", "keep_checkpoints", "evaluate_every", "micro_rows", "partial"}
-VERSIONS = ("torch", "transformers")
+VERSIONS = ("torch", "transformers", "numpy")  # numpy draws the order
+CHECKPOINTS = "checkpoints"
+FORWARDED_SECONDS = 3  # a second signal within this is the first one, handed on by torchrun
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,13 @@ def train(run: Run) -> Path:
     with locked(output, "training run") if run.ranks.first else nullcontext():
         if run.ranks.first:
             checkpoint.remove_unfinished(output)
+            checkpoint.remove_unfinished(output / CHECKPOINTS)
         return _train(run, output / "final")
 
 
 def _train(run: Run, final: Path) -> Path:
     origin = run.ranks.share(origin_of(run) if run.ranks.first else {})
-    saved = final if final.exists() else checkpoint.newest(run.config.output / "checkpoints")
+    saved = final if final.exists() else checkpoint.newest(run.config.output / CHECKPOINTS)
     state = State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin)
     if saved:
         state = checkpoint.load_state(saved)
@@ -80,8 +83,8 @@ def _train(run: Run, final: Path) -> Path:
     if state.step == 0:
         evaluate(run, live, log, state)
     order = Order(run.source, run.config.seed, run.config.shuffle_groups, run.selection.columns)
-    with closing(prefetched(steps(order, geometry, state.position))) as stream:
-        state = loop(run, live, optimizer, stream, geometry, state, log)
+    with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop:
+        state = loop(run, live, optimizer, stream, geometry, state, log, stop)
     if not run.config.evaluate_every or state.step % run.config.evaluate_every:
         evaluate(run, live, log, state)
     checkpoint.save(final, live, run.tokenizer, None, state, run.ranks)
@@ -98,9 +101,10 @@ def loop(
     geometry: Geometry,
     state: State,
     log: Log | None,
+    stop: "Stop",
 ) -> State:
-    """Steps until the run is done; returns the last state. SIGTERM and SIGINT save, then leave with 143 and 130."""
-    config, stop = run.config, Stop()
+    """Steps until the run is done; returns the last state. Raises Stopped, with a checkpoint saved, if asked to."""
+    config = run.config
     while (done := progress(run, state.step, state.position, geometry)) < 1:
         started = time.perf_counter()
         step = next(stream)
@@ -115,13 +119,15 @@ def loop(
         run.report(row, progress(run, state.step, state.position, geometry))
         if config.evaluate_every and state.step % config.evaluate_every == 0:
             evaluate(run, live, log, state)
-        asked = run.ranks.any(stop.status > 0)
-        if asked or state.step % config.checkpoint_every == 0:
-            folder = config.output / "checkpoints"
+        status = run.ranks.greatest(stop.status)
+        if status or state.step % config.checkpoint_every == 0:
+            if log:
+                log.sync()
+            folder = config.output / CHECKPOINTS
             checkpoint.save(folder / f"step-{state.step:07d}", live, run.tokenizer, optimizer, state, run.ranks)
             checkpoint.prune(folder, config.keep_checkpoints, run.ranks)
-        if asked:
-            raise SystemExit(stop.status or 143)
+        if status:
+            raise Stopped(status, state.step)
     return state
 
 
@@ -258,19 +264,36 @@ def evaluate(run: Run, live: Live, log: Log | None, state: State) -> None:
         log.write("eval", state.step, {"tokens_seen": state.tokens_seen, **found})
 
 
-class Stop:
-    """Remembers a SIGTERM or SIGINT, so that a run saves at the step's end; a second one leaves at once.
+class Stopped(SystemExit):
+    """The run was asked to stop and has saved; `code` is 143 after SIGTERM, 130 after SIGINT, on every rank."""
 
-    `status`: the exit status that was asked for, 0 until then.
+    def __init__(self, status: int, step: int):
+        super().__init__(status)
+        self.step = step
+
+
+class Stop:
+    """While it is entered, remembers a SIGTERM or SIGINT, so that a run saves at the step's end.
+
+    A later one leaves at once. `status`: the exit status that was asked for, 0 until then.
     """
 
     def __init__(self) -> None:
-        self.status = 0
+        self.status, self.since = 0, 0.0
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stop":
         with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
             for name in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(name, self._ask)
+                self.before[name] = signal.signal(name, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
     def _ask(self, number: int, _frame: Any) -> None:
-        if self.status:
+        if self.status and time.monotonic() - self.since > FORWARDED_SECONDS:
             raise KeyboardInterrupt
-        self.status = 128 + number
+        if not self.status:
+            self.status, self.since = 128 + number, time.monotonic()

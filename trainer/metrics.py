@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from schemas.store import write_atomic
+from schemas.store import fsync_file, write_atomic
 from trainer.ranks import Ranks
 
 
@@ -75,6 +75,10 @@ class Log:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Make the rows durable: a checkpoint must not outlive the rows before it."""
+        fsync_file(self.path)
 
     def close(self) -> None:
         """Flush and close."""

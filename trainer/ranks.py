@@ -4,13 +4,21 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from schemas.errors import UserError, first_line
 
 PR_SET_PDEATHSIG = 1  # Linux: <sys/prctl.h>
+JOIN_SECONDS = 120  # from the first rank's start to the last one's: importing from a slow disk takes a while
+COLLECTIVE_SECONDS = 1800  # the others wait while the first rank writes a checkpoint
 Value = TypeVar("Value")
 # torch 2.13 renamed it and warns about the old name.
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -49,9 +57,13 @@ class Ranks:
             return every
         return values[None]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank: ranks must stop at the same step."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+    def greatest(self, value: int) -> int:
+        """The greatest of the ranks' values, on every rank: they must all stop at the same step, for the same reason."""
+        if self.world == 1:
+            return value
+        box = torch.tensor(value, device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
 
     def share(self, value: Value) -> Value:
         """The first rank's value, on every rank."""
@@ -67,29 +79,67 @@ class Ranks:
             dist.barrier()
 
 
-def join() -> Ranks:
-    """Join the other processes of a torchrun, or be alone."""
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the other processes of a torchrun, or be alone, while the block runs.
+
+    Under torchrun a rank ends with its agent. Raises UserError if a rank does not come, or is lost later.
+    """
+    die_with_parent()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(dist.get_rank() if world > 1 else 0, world, device)
+    rank = _meet("nccl" if device.type == "cuda" else "gloo") if world > 1 else 0
+    try:
+        yield Ranks(rank, world, device)
+    except RuntimeError as error:
+        if world == 1 or not _of_another_rank(error):
+            raise
+        raise UserError(
+            f"rank {rank} of {world}: lost another rank ({first_line(error)})",
+            "its own message says why; run the same command again to go on from the last checkpoint",
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # so that torchrun ends without a complaint
 
 
-def leave() -> None:
-    """Leave the group, so that torchrun ends without a complaint."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _meet(backend: str) -> int:
+    """Wait for every rank, then make the group; returns this process's rank.
+
+    The wait is our own: the group's timeout must be long, and a rank that hangs at its start should be named soon.
+    """
+    limit, awaited = timedelta(seconds=JOIN_SECONDS), 0
+    try:
+        store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
+        store.set(f"joined/{rank}", "")
+        while awaited < world:
+            store.wait([f"joined/{awaited}"], limit)
+            awaited += 1
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {os.environ.get('RANK')}: rank {awaited} did not join within {JOIN_SECONDS} s ({first_line(error)})",
+            "see what it prints, end what is left of the run, and start it again",
+        ) from error
+    store = dist.PrefixStore("group", store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=COLLECTIVE_SECONDS)
+    )
+    return rank
+
+
+def _of_another_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed: gloo says so by its name alone, its errors are of no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def die_with_parent() -> None:
     """Under torchrun, end when its agent is killed: ranks left alone would train on, and write, beside a new run."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
-    agent = os.getppid()
+    agent = os.getppid()  # 1 where torchrun is a container's only process; its ranks end with the container
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != agent or agent == 1:  # it died before we asked
+    if os.getppid() != agent:  # it died before we asked
         os._exit(1)

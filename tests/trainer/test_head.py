@@ -12,11 +12,11 @@ def masked_cross_entropy(hidden, weight, targets, mask):
     return losses[mask].sum()
 
 
-@pytest.mark.parametrize("logits_fit", [True, False], ids=["logits kept", "logits projected again"])
+@pytest.mark.parametrize("they_fit", [True, False], ids=["kept", "projected again"])
 @pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
-def test_kept_rows_backward_equals_masked_cross_entropy(monkeypatch, logits_fit, kept):
+def test_kept_rows_backward_equals_masked_cross_entropy(monkeypatch, they_fit, kept):
     torch.manual_seed(0)
-    monkeypatch.setattr(trainer.head, "KEPT_LOGITS_BYTES", 1 << 30 if logits_fit else 0)
+    monkeypatch.setattr(trainer.head, "KEPT_BYTES", 1 << 30 if they_fit else 0)
     hidden, weight = torch.randn(2500, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
     targets = torch.randint(0, 97, (2500,))
     targets[::7] = -100
@@ -37,3 +37,18 @@ def test_dropped_rows_get_no_gradient():
     mask = torch.arange(10) % 2 == 0
     KeptLoss.apply(hidden, weight, torch.randint(0, 7, (10,)), lambda losses: mask)[0].backward()
     assert not hidden.grad[~mask].any() and hidden.grad[mask].any()
+
+
+def test_what_the_forward_keeps_in_bfloat16_costs_the_gradient_nothing_beside_its_products(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(512, 64).bfloat16(), (torch.randn(997, 64) * 10 / 8).bfloat16()  # logits of 10
+    targets = torch.where(torch.rand(512) < 0.5, (hidden.float() @ weight.float().T).argmax(1), 3)
+    mask = torch.rand(512) < 0.6
+    exact = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
+    wanted = torch.autograd.grad(masked_cross_entropy(*exact, targets, mask), exact)
+    rounded = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(trainer.head, "KEPT_BYTES", limit)
+        found = torch.autograd.grad(KeptLoss.apply(*rounded, targets, lambda losses: mask)[0], rounded)
+        for one, other in zip(found, wanted, strict=True):
+            assert float((one.float() - other).abs().max() / other.abs().max()) < 0.01

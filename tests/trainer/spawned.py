@@ -1,0 +1,28 @@
+"""Several ranks of the trainer without torchrun: processes that run a list of jobs one after another (gloo)."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from schemas.models import open_tokenizer
+from trainer.data import ScoreShards
+from trainer.loop import Run, train
+from trainer.ranks import Ranks
+
+
+def run_job(config, settings, base, ranks):
+    source = ScoreShards(config.score.output)
+    return train(Run(settings, config.context, base, source, open_tokenizer(base, "base"), ranks))
+
+
+def work(rank, world, meeting, jobs):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    for config, settings, base in jobs:
+        run_job(config, settings, base, Ranks(rank, world, torch.device("cpu")))
+    dist.destroy_process_group()
+
+
+def on_ranks(world, folder, jobs):
+    """Run `jobs`, (config, train settings, base folder) each, on `world` ranks."""
+    mp.spawn(work, (world, folder / "meeting", jobs), nprocs=world)

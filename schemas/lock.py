@@ -10,13 +10,23 @@ from schemas.errors import UserError
 
 @contextmanager
 def locked(folder: Path, writer: str) -> Iterator[None]:
-    """Hold `folder` (made if need be) while the block runs. Raises UserError if another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    """Hold `folder` (made if need be) while the block runs. Raises UserError if it cannot be held."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written to ({error.strerror})", "mend its permissions, or choose another output"
+        ) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError:
             raise UserError(
                 f"{folder}: another {writer} is writing here", "wait for it, or choose another output"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{folder}: its file system has no locks ({error.strerror})", "choose an output on another"
             ) from error
         yield

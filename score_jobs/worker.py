@@ -62,7 +62,7 @@ class Worker:
     def score(self, unit: Unit) -> Receipt:
         """Score a unit and commit it: shard first, receipt last. Raises ShardError if its input is broken."""
         started = time.perf_counter()
-        rows = list(read_documents(unit.url, unit.first, unit.end, self.job.corpus))
+        rows = list(read_documents(unit.url, self.job.corpus, unit.first, unit.end))
         read = time.perf_counter()
         found = self._score_rows(rows)
         canary = self._make_canary(found.windows)

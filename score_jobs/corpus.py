@@ -20,7 +20,7 @@ from score_jobs.lines import read_lines, unpacked_blocks
 
 STRING_TYPES = ("string", "large_string", "string_view")
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException, ValueError, OverflowError)
-PARQUET_BATCH_ROWS = 64
+PARQUET_BATCH_ROWS = 16  # values of some megabytes each must fit in memory twice
 BYTES_A_CHARACTER = 12  # JSON may write one beyond the basic plane as two escapes of six bytes
 OTHER_FIELDS_BYTES = 1 << 22
 # zstd stores copies of a short line in a sixtieth of a byte each; less than a thousandth is no corpus.

@@ -21,8 +21,9 @@ from rich.table import Table
 from schemas.config import Context, Corpus
 from schemas.models import open_tokenizer
 from schemas.window import encode_documents
-from score_jobs.corpus import Document, read_documents, resolve, survey
+from score_jobs.corpus import Document, read_documents
 from score_jobs.engines.packed import PackedEngine
+from score_jobs.files import resolve
 
 
 def main(
@@ -62,7 +63,7 @@ def read(paths: list[str], model: Path, documents: int, window: int) -> list[np.
     context = Context(window=window, bos=tokenizer.bos_token_id is not None, eos=tokenizer.eos_token_id is not None)
     windows: list[np.ndarray] = []
     for url in resolve(corpus):
-        rows = islice(read_documents(url, 0, survey(url)[2], corpus), documents)
+        rows = islice(read_documents(url, corpus), documents)
         texts = [row.text for row in rows if isinstance(row, Document)]
         windows += [piece for pieces in encode_documents(tokenizer, texts, context) for piece in pieces]
     return windows

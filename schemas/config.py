@@ -80,7 +80,7 @@ class Score(Section):
         default=None, gt=0, description="longest time of one unit; null: 20 times what the slowest so far would need"
     )
     max_quarantined: float = Field(
-        default=0.5, ge=0, le=1, description="share of documents in quarantine above which the job ends with an error"
+        default=0.1, ge=0, le=1, description="a larger share of documents that could not be scored is an error"
     )
 
 

@@ -29,9 +29,9 @@ def test_a_folder_is_held_against_another_process_until_that_is_killed(tmp_path:
     )
     try:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=r"deep/output: another test is writing here; wait for it"):
-            with locked(folder, "test"):
-                pytest.fail("two writers in one folder")
+        refused = pytest.raises(UserError, match=r"deep/output: another test is writing here; wait for it")
+        with refused, locked(folder, "test"):
+            pytest.fail("two writers in one folder")
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()

@@ -94,7 +94,7 @@ def test_a_sweep_deletes_what_killed_writers_left_and_nothing_else(layout: Layou
 def test_no_name_of_a_unit_leads_out_of_the_folder_or_drives_a_terminal(layout: Layout, name: str) -> None:
     assert not is_unit(name)
     for path in (layout.shard, layout.receipt, layout.quarantine):
-        with pytest.raises(UserError, match="is not named as a unit is .*; move it away"):
+        with pytest.raises(UserError, match=r"is not named as a unit is .*; move it away"):
             path(name)
 
 

@@ -160,10 +160,10 @@ def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Window]:
     return windows
 
 
-def _lists(arrays: Sequence[np.ndarray | None], kind: pa.DataType) -> pa.Array:
+def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
     dtype = kind.value_type.to_pandas_dtype()
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
-    np.cumsum([0 if array is None else len(array) for array in arrays], out=offsets[1:])
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
     values = np.concatenate([np.empty(0, dtype), *[np.asarray(array, dtype=dtype) for array in arrays]])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), type=kind)
 

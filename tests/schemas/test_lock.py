@@ -61,5 +61,8 @@ def test_a_file_system_without_locks_is_not_called_another_writer(
         raise OSError(37, os.strerror(37))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(UserError, match=r"has no locks \(No locks available\)"), locked(tmp_path, "test"):
+    with (
+        pytest.raises(UserError, match=r"has no locks \(No locks available\); choose an output on another$"),
+        locked(tmp_path, "test"),
+    ):
         pytest.fail("held without a lock")

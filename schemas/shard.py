@@ -59,9 +59,6 @@ def _readable_schemas() -> list[pa.Schema]:
     return now + [schema.remove(schema.get_field_index("row")) for schema in now]
 
 
-READABLE_SCHEMAS = _readable_schemas()
-
-
 def encode_shard(windows: Sequence[Window], schema: pa.Schema, metadata: dict[str, Any]) -> bytes:
     """Windows as the bytes of one Parquet file: a pure function of the arguments and pyarrow's version."""
     values = {
@@ -118,7 +115,7 @@ def open_shard(path: Path | pa.BufferReader) -> pq.ParquetFile:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})", SCORE_AGAIN) from error
     if METADATA_KEY not in (schema.metadata or {}):
         raise UserError(f"{path}: a Parquet file, but not a score shard (no `tokensift` metadata)", "name another file")
-    if not any(schema.equals(known) for known in READABLE_SCHEMAS):
+    if not any(schema.equals(known) for known in _readable_schemas()):
         raise UserError(f"{path}: its columns are not those of a score shard ({schema.names})", SCORE_AGAIN)
     return file
 
@@ -160,10 +157,10 @@ def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Window]:
     return windows
 
 
-def _lists(arrays: Sequence[np.ndarray | None], kind: pa.DataType) -> pa.Array:
+def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
     dtype = kind.value_type.to_pandas_dtype()
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
-    np.cumsum([0 if array is None else len(array) for array in arrays], out=offsets[1:])
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
     values = np.concatenate([np.empty(0, dtype), *[np.asarray(array, dtype=dtype) for array in arrays]])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), type=kind)
 

@@ -29,9 +29,9 @@ def test_a_folder_is_held_against_another_process_until_that_is_killed(tmp_path:
     )
     try:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=r"deep/output: another test is writing here; wait for it"):
-            with locked(folder, "test"):
-                pytest.fail("two writers in one folder")
+        refused = pytest.raises(UserError, match=r"deep/output: another test is writing here; wait for it")
+        with refused, locked(folder, "test"):
+            pytest.fail("two writers in one folder")
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -61,5 +61,8 @@ def test_a_file_system_without_locks_is_not_called_another_writer(
         raise OSError(37, os.strerror(37))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(UserError, match=r"has no locks \(No locks available\)"), locked(tmp_path, "test"):
+    with (
+        pytest.raises(UserError, match=r"has no locks \(No locks available\); choose an output on another$"),
+        locked(tmp_path, "test"),
+    ):
         pytest.fail("held without a lock")

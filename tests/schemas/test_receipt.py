@@ -94,7 +94,7 @@ def test_a_sweep_deletes_what_killed_writers_left_and_nothing_else(layout: Layou
 def test_no_name_of_a_unit_leads_out_of_the_folder_or_drives_a_terminal(layout: Layout, name: str) -> None:
     assert not is_unit(name)
     for path in (layout.shard, layout.receipt, layout.quarantine):
-        with pytest.raises(UserError, match="is not named as a unit is .*; move it away"):
+        with pytest.raises(UserError, match=r"is not named as a unit is .*; move it away"):
             path(name)
 
 
@@ -192,6 +192,18 @@ def test_a_schema_version_that_is_not_known_is_refused(layout: Layout, version: 
         read_dataset(layout)
 
 
+def test_dataset_json_of_version_2_is_never_read_without_its_seal(layout: Layout) -> None:
+    for version in (1, 2):
+        raw = {"schema_version": version, "fingerprint": {"schema_version": version, **PARTS}}
+        plain, damaged = json.dumps(raw).encode(), seal(raw).replace(b"tokenizer", b"tokenizes")
+        for content in (damaged, b"[", *([plain] if version == 2 else [])):
+            layout.dataset.write_bytes(content)
+            with pytest.raises(UserError, match=r"dataset\.json: cannot be trusted \(.*\); restore it from a copy"):
+                read_dataset(layout)
+        layout.dataset.write_bytes(plain if version == 1 else seal(raw))
+        assert read_version(layout) == version
+
+
 def test_complete_json_is_none_then_the_sorted_units_and_is_not_rewritten_needlessly(layout: Layout) -> None:
     assert read_complete(layout) is None
     write_complete(layout, ["b", "a"])
@@ -208,9 +220,10 @@ def test_complete_json_without_names_of_units_is_refused(layout: Layout, units: 
     layout.complete.write_bytes(seal({"units": units}))
     with pytest.raises(UserError, match=r"complete\.json: has no list of units; delete it and run .* anew"):
         read_complete(layout)
-    layout.complete.write_bytes(seal({"units": units})[:-2])
-    with pytest.raises(UserError, match=r"complete\.json: cannot be trusted"):
-        read_complete(layout)
+    for damaged in (seal({"units": units})[:-2], b'{"units": ["a"]}'):
+        layout.complete.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"complete\.json: cannot be trusted .*; delete it and run .* anew"):
+            read_complete(layout)
 
 
 def test_data_of_version_1_are_verified_inspected_and_read(version_1: Layout, capsys: pytest.CaptureFixture) -> None:

@@ -64,7 +64,7 @@ def test_numbers_that_json_has_not_are_neither_sealed_nor_parsed() -> None:
 def test_what_is_no_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError):
         parse(data)
-    with pytest.raises(ValueError, match="^not a JSON object$"):
+    with pytest.raises(ValueError, match=r"^not a JSON object$"):
         parse(b"[1]")
 
 
@@ -77,7 +77,7 @@ def test_json_is_parsed_to_sixteen_levels_and_refused_beyond(opening: str) -> No
 
     assert parse(text(DEPTH))
     for levels in (DEPTH + 1, 900, 100_000):
-        with pytest.raises(ValueError, match="^nested too deeply$"):
+        with pytest.raises(ValueError, match=r"^nested too deeply$"):
             parse(text(levels))
 
 

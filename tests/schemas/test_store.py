@@ -77,3 +77,24 @@ def test_a_file_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: 
 def test_sha256_file_is_the_sha256_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_a_name_is_there_until_it_is_deleted_and_may_be_deleted_twice(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert not store.exists("a")
+    store.put("a", b"x")
+    assert store.exists("a")
+    for _ in range(2):
+        store.delete("a")
+        assert not store.exists("a")
+
+
+def test_a_sweep_does_not_mind_another_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = [tmp_path / ".tmp-a", tmp_path / ".tmp-b"]
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: gone)
+    Store(tmp_path).sweep(".")
+
+
+def test_an_atomic_write_makes_every_folder_above(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a" / "b" / "file", b"x")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"x"

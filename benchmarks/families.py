@@ -77,7 +77,7 @@ def tiny_config(family: str) -> Any:
     kind: Any = CONFIG_MAPPING[family]
     default = kind().to_dict()
     sizes = {name: size for size, names in SIZES for name in names} | SPECIAL
-    small = {name: size for name, size in sizes.items() if isinstance(default.get(name), int)}
+    small: dict[str, Any] = {name: size for name, size in sizes.items() if isinstance(default.get(name), int)}
     if default.get("num_key_value_heads") == default.get("num_attention_heads"):
         small |= {"num_key_value_heads": LAYERS} if "num_key_value_heads" in small else {}
     for name, value in default.items():
@@ -92,7 +92,11 @@ def tiny_config(family: str) -> Any:
         if isinstance(default.get(name), float):
             small[name] = 0.2
     for name, value in default.items():
-        if isinstance(value, list) and len(value) > LAYERS and name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        if (
+            isinstance(value, list)
+            and len(value) > LAYERS
+            and name in ("layer_types", "layers_block_type", "mlp_layer_types")
+        ):
             kinds = list(dict.fromkeys(value))
             small[name] = (kinds * LAYERS)[:LAYERS]
     return kind(**small)

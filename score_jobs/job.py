@@ -1,9 +1,7 @@
 """The scoring job: what is to be scored, and whether it may be added to what is there. Ray is driven by the pool."""
 
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from schemas.config import Config
@@ -13,6 +11,7 @@ from schemas.lock import locked
 from schemas.models import local_model, open_tokenizer
 from schemas.receipt import Layout, Receipt, read_dataset, read_receipts, write_complete, write_dataset
 from score_jobs.plan import Plan, Unit, plan
+from score_jobs.quarantine import refuse_quarantine
 from score_jobs.worker import Job
 
 EARLY_DOCUMENTS = 500  # after so many a job of broken losses is stopped, not only at its end
@@ -64,7 +63,7 @@ def score(config: Config, report: Callable[[Progress], None] = lambda progress: 
         if todo:
             layout.sweep()
             _score_units(job, layout, planned, todo, outcome, progress, report)
-        _refuse_quarantine(layout, receipts.values(), config.score.max_quarantined)
+        refuse_quarantine(layout, receipts.values(), config.score.max_quarantined)
         if not outcome.missing:
             write_complete(layout, [unit.name for unit in planned.units])
         return outcome
@@ -96,7 +95,7 @@ def _score_units(
         progress.input_bytes += unit.input_bytes
         progress.tokens += receipt.tokens
         progress.quarantined += receipt.quarantined
-        _refuse_quarantine(layout, outcome.receipts.values(), job.score.max_quarantined, EARLY_DOCUMENTS)
+        refuse_quarantine(layout, outcome.receipts.values(), job.score.max_quarantined, EARLY_DOCUMENTS)
 
     def waited(note: str) -> None:
         progress.note = note
@@ -104,26 +103,6 @@ def _score_units(
 
     canaries = next((receipt.canary for receipt in outcome.receipts.values() if receipt.canary), [])
     outcome.missing += Pool(job, todo, canaries).run(finished, waited)
-
-
-def _refuse_quarantine(layout: Layout, receipts: Iterable[Receipt], most: float, least_documents: int = 1) -> None:
-    """Raise UserError if more than the share `most` of the documents could not be scored: no corpus is that bad."""
-    every = list(receipts)
-    quarantined = sum(receipt.quarantined for receipt in every)
-    documents = quarantined + sum(receipt.documents for receipt in every)
-    if documents < least_documents or quarantined <= most * documents:
-        return
-    reasons: Counter[str] = Counter()
-    for receipt in every:
-        if receipt.quarantined:
-            lines = layout.quarantine(receipt.unit).read_text().splitlines()
-            reasons.update(str(json.loads(line)["reason"]) for line in lines)
-    reason, count = reasons.most_common(1)[0]
-    raise UserError(
-        f"{layout.root}: {quarantined} of {documents} documents are in quarantine, {count} of them because: {reason}",
-        "mend the corpus, corpus.text or the reference model, delete the dataset and score again;"
-        f" or allow more than score.max_quarantined ({most:.0%})",
-    )
 
 
 def _prepare(config: Config, layout: Layout) -> Job:

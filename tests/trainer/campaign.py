@@ -69,9 +69,7 @@ class Campaign:
                 die_at(*deadly)
             settings = self.config.train.model_copy(update={"output": output})
             with joined() as ranks:
-                train(
-                    Run(settings, self.config.context, Path(self.config.base), self.source, self.tokenizer, ranks)
-                )
+                train(Run(settings, self.config.context, Path(self.config.base), self.source, self.tokenizer, ranks))
             status = 0
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -145,7 +146,9 @@ def outputs(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-def run_trial(config: Path, output: Path, whole: dict[str, bytes], kind: str, moment: float, seed: int) -> dict:
+def run_trial(
+    config: Path, output: Path, whole: dict[str, bytes], kind: str, moment: float, seed: int
+) -> dict[str, Any]:
     """One job that is struck `moment` seconds after its start, or as soon after that as there is a victim."""
     found = dict.fromkeys(COUNTS, 0) | {"trials": 1}
     printed, status = [], None

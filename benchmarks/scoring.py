@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def matmul_peak(dtype: torch.dtype, device: str, size: int = 2048) -> float:
     return 2 * size**3 / min(timed(lambda: (a @ b).sum().item())[1] for _ in range(10))
 
 
-def timed(work: Callable) -> tuple:
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     """Result and seconds."""
     start = time.perf_counter()
     result = work()

@@ -55,7 +55,7 @@ _INVENTORY = TypeAdapter(dict[str, Entry])
 
 
 def plan(
-    corpus: Corpus, fingerprint: dict, unit_bytes: int, inventory: Path, progress: Callable[[int, int], None]
+    corpus: Corpus, fingerprint: dict[str, Any], unit_bytes: int, inventory: Path, progress: Callable[[int, int], None]
 ) -> Plan:
     """Survey the corpus's shards and cut them into units.
 

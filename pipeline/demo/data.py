@@ -250,7 +250,7 @@ def encode(name: str, rows: list[Row]) -> bytes:
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(lines) if name.endswith(".zst") else lines
 
 
-def intact(folder: Path, seed: int, scale: float) -> dict | None:
+def intact(folder: Path, seed: int, scale: float) -> dict[str, Any] | None:
     """The manifest if it is there, was made with the same settings, and every file still matches."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -274,7 +274,7 @@ def versions() -> dict[str, dict[str, str]]:
     }
 
 
-def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict:
+def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     """Make the demo's data in `folder` unless it is there and intact; returns the manifest (bytes per file).
 
     `scale` multiplies the amount of text; 1 is about 2.5 MB of corpus. Raises UserError on a foreign folder.

@@ -103,18 +103,13 @@ def run(script: str, *arguments: object) -> list[str]:
 
 
 def pack(path: Path, middle: bytes, copies: int) -> None:
-    """A good line, a line of `copies` times `middle`, and a good line, in frames of their own."""
-    head, tail = b'{"text": "one"}\n{"text": "', b'"}\n{"text": "two"}\n'
-    if path.suffix == ".zst":
-        make: Callable[[bytes], bytes] = zstandard.ZstdCompressor().compress
-    else:
-        make = gzip.compress if path.suffix == ".gz" else bytes
-    with path.open("wb") as file:
-        file.write(make(head))
-        packed = make(middle)
+    """A good line, a line of `copies` times `middle`, and a good line, in one frame or member."""
+    openers: dict[str, Callable] = {".zst": zstandard.open, ".gz": gzip.open, ".jsonl": open}
+    with openers[path.suffix](path, "wb") as file:
+        file.write(b'{"text": "one"}\n{"text": "')
         for _ in range(copies):
-            file.write(packed)
-        file.write(make(tail))
+            file.write(middle)
+        file.write(b'"}\n{"text": "two"}\n')
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])

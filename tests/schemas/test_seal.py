@@ -27,7 +27,7 @@ def test_a_seal_is_the_digest_of_the_content_in_one_canonical_text() -> None:
     )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(CONTENT, st.data())
 def test_no_flipped_bit_and_no_missing_byte_goes_unnoticed(content: dict, data: st.DataObject) -> None:
     good = seal(content)

@@ -36,7 +36,9 @@ from trainer.live import Live
 
 WINDOW, VOCABULARY, LAYERS, SECONDS = 48, 128, 4, 60
 LENGTHS = (48, 1, 17, 30, 2, 2, 5, 31, 9, 40, 3, 8, 1, 24)
-TOLERANCE_NATS = 1e-3
+# A random hrm_text, which runs its layers over and over, makes 1.03e-3 of float32 rounding; in float64 packed and alone
+# differ by 1e-15. Windows that do see each other differ by 0.1 nats and more.
+TOLERANCE_NATS = 3e-3
 MOST_PARAMETERS = 20_000_000
 ROWS_A_BATCH = 3
 # Sizes by the names that configs give them; what a family lacks is left out.
@@ -58,6 +60,25 @@ SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
     (128, ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "context_length")),
 )  # fmt: skip
 SPECIAL = {"mamba_d_head": 32, "mamba_head_dim": 32, "mamba_expand": 2, "chunk_size": 16, "mamba_chunk_size": 16}
+# Where a family's sizes must fit each other, or its config leaves one to be named.
+FITTING: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"n_mamba_heads": 2, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "marian": {"decoder_vocab_size": VOCABULARY},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +120,9 @@ def tiny_config(family: str) -> Any:
         ):
             kinds = list(dict.fromkeys(value))
             small[name] = (kinds * LAYERS)[:LAYERS]
-    return kind(**small)
+    if "qk_rope_head_dim" in small and "head_dim" in small:
+        small["head_dim"] = small["qk_rope_head_dim"]
+    return kind(**small | FITTING.get(family, {}))
 
 
 def build(family: str, folder: Path) -> str:

@@ -45,7 +45,7 @@ def prove(module: Any, compute: torch.dtype, window: int, name: str) -> Opened:
     Raises UserError, naming the model, if it is not causal, gives no finite losses or cannot keep windows apart.
     """
     lengths = _lengths(probe_length(module.config, window))
-    windows = _windows(int(module.get_input_embeddings().weight.shape[0]), lengths)
+    windows = _windows(_vocabulary(module), lengths)
     try:
         with _widened(module) as exact:
             tolerance = TOLERANCE_NATS if exact else ROUGH_NATS
@@ -89,6 +89,12 @@ def _flat(values: Any) -> list[tuple[str, Any]]:
     if not isinstance(values, dict):
         return []
     return [pair for key, value in values.items() for pair in ((str(key), value), *_flat(value))]
+
+
+def _vocabulary(module: Any) -> int:
+    """Tokens that the model both reads and predicts."""
+    embeddings = (module.get_input_embeddings(), module.get_output_embeddings())
+    return min(int(item.weight.shape[0]) for item in embeddings if getattr(item, "weight", None) is not None)
 
 
 def _lengths(longest: int) -> list[int]:
@@ -144,7 +150,7 @@ def _isolated(opened: Opened, windows: list[np.ndarray]) -> bool:
 
 
 def _other(opened: Opened, tokens: np.ndarray) -> np.ndarray:
-    return (tokens + 1) % int(opened.module.get_input_embeddings().weight.shape[0])
+    return (tokens + 1) % _vocabulary(opened.module)
 
 
 @torch.no_grad()

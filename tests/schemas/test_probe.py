@@ -106,8 +106,8 @@ def test_a_model_of_nan_weights_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("limits", "longest"),
-    [({}, 128), ({"sliding_window": 200}, 1000), ({"inner": {"attention_chunk_size": 64}}, 1000), ({"sliding_window": 1000}, 128),
-     ({"rope": {"original_max_position_embeddings": 500}}, 1000), ({"use_sliding_window": True}, 128)],
+    [({}, 64), ({"sliding_window": 200}, 1000), ({"inner": {"attention_chunk_size": 64}}, 1000), ({"sliding_window": 1000}, 64),
+     ({"rope": {"original_max_position_embeddings": 500}}, 1000), ({"use_sliding_window": True}, 64)],
 )  # fmt: skip
 def test_the_probe_is_as_long_as_a_window_where_the_config_names_a_length_that_windows_exceed(
     limits: dict[str, Any], longest: int

@@ -33,6 +33,7 @@ from score_jobs.worker import Job, Worker
 # between kinds of GPU bfloat16 rounds otherwise by some hundredths. Another kernel or model is off by far more.
 CANARY_TOLERANCE_NATS = {"float32": 0.001, "bfloat16": 0.03}
 POLL_SECONDS = 0.5
+SLOW_START_SECONDS = 20.0
 START_SECONDS = 1800.0  # for a node to come free and a model to load
 LEAST_UNIT_SECONDS, UNIT_SECONDS_UNKNOWN, SLOWER = 120.0, 3600.0, 20.0
 CONNECT_SECONDS = 20.0
@@ -95,8 +96,15 @@ class Pool:
             for reference in ready:
                 self._settle(reference, self.calls.pop(reference), finished)
             self._end_what_hangs()
-            waited(self.note)
+            starting = [call.started for call in self.calls.values() if call.unit is None]
+            slow = starting and time.monotonic() - min(starting) > SLOW_START_SECONDS
+            waited(self._wants if slow and len(starting) == len(self.calls) else self.note)
         return self.missing
+
+    @property
+    def _wants(self) -> str:
+        score = self.job.score
+        return f"waiting for {score.cpus_per_worker} CPUs and {score.gpus_per_worker:g} GPUs to come free, or a model to load"
 
     def _start_actor(self) -> None:
         score = self.job.score

@@ -109,19 +109,17 @@ def joined() -> Iterator[Ranks]:
 def _meet(backend: str) -> int:
     """Wait for every rank, then make the group; returns this process's rank.
 
-    The wait is our own: the group's timeout must be long, and a rank that hangs at its start should be named soon.
+    The wait is our own: the group's timeout must be long, and a rank that hangs at its start should be noticed soon.
     """
-    limit, awaited = timedelta(seconds=JOIN_SECONDS), 0
+    limit = timedelta(seconds=JOIN_SECONDS)
     try:
         store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
         store.set(f"joined/{rank}", "")
-        while awaited < world:
-            store.wait([f"joined/{awaited}"], limit)
-            awaited += 1
+        store.wait([f"joined/{number}" for number in range(world)], limit)
     except dist.DistError as error:
         raise UserError(
-            f"rank {os.environ.get('RANK')}: rank {awaited} did not join within {JOIN_SECONDS} s ({first_line(error)})",
-            "see what it prints, end what is left of the run, and start it again",
+            f"rank {os.environ.get('RANK')}: another rank did not join within {JOIN_SECONDS} s ({first_line(error)})",
+            "see what the others print, end what is left of the run, and start it again",
         ) from error
     store = dist.PrefixStore("group", store)
     dist.init_process_group(

@@ -28,14 +28,15 @@ def started(scores, tmp_path, write_config):
         settings = scores.train.model_copy(update={**LONG, "output": tmp_path / "train"})
         path = write_config(scores.model_copy(update={"train": settings}), tmp_path / "config.yaml")
         launcher = TORCHRUN if ranks > 1 else []
-        process = subprocess.Popen(
-            [sys.executable, *launcher, *TRAIN, str(path)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-            stdout=open(tmp_path / "output.txt", "a"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with (tmp_path / "output.txt").open("a") as output:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, *TRAIN, str(path)],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         running.append(process)
         before = rows_of(tmp_path)
         while wait and rows_of(tmp_path) < before + 3:

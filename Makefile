@@ -6,7 +6,7 @@ SIFT   := .venv/bin/tokensift
 # Idle threads sleep instead of spinning: a busy machine would otherwise run many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo reference score train eval report test test-all lint format bench clean
+.PHONY: help setup demo reference score train eval report test test-all lint format bench mutants clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -61,6 +61,9 @@ bench: setup     ## side-by-side measurements, after `make demo`; fetches a 135M
 	.venv/bin/python -m benchmarks.scoring --model runs/smollm2 --window 1024 --batch-tokens 2048 --documents 5
 	.venv/bin/python -m benchmarks.scoring --model runs/smollm2 --window 1024 --batch-tokens 2048 --documents 5 --dtype bfloat16
 	.venv/bin/python -m benchmarks.head
+
+mutants:         ## does a test fail for each small mistake? (PATH=schemas/seal.py; after `make setup`; no part of `test`)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.mutants $(PATH)
 
 clean:           ## delete the demo's output
 	rm -rf runs/demo

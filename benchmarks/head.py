@@ -5,6 +5,7 @@ python -m benchmarks.head --tokens 4096 --hidden 128 --vocabulary 2048
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -50,7 +51,7 @@ def main(
     Console().print(table)
 
 
-def seconds(work, device: str) -> float:
+def seconds(work: Callable[[], torch.Tensor], device: str) -> float:
     """Seconds of one forward and backward."""
     start = time.perf_counter()
     work().backward()

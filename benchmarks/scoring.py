@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from rich.table import Table
 from schemas.config import Context, Corpus
 from schemas.models import open_tokenizer
 from schemas.window import encode_documents
-from score_jobs.corpus import Document, read_documents, resolve, survey
+from score_jobs.corpus import Document, read_documents
 from score_jobs.engines.packed import PackedEngine
+from score_jobs.files import resolve
 
 
 def main(
@@ -62,7 +63,7 @@ def read(paths: list[str], model: Path, documents: int, window: int) -> list[np.
     context = Context(window=window, bos=tokenizer.bos_token_id is not None, eos=tokenizer.eos_token_id is not None)
     windows: list[np.ndarray] = []
     for url in resolve(corpus):
-        rows = islice(read_documents(url, 0, survey(url)[2], corpus), documents)
+        rows = islice(read_documents(url, corpus), documents)
         texts = [row.text for row in rows if isinstance(row, Document)]
         windows += [piece for pieces in encode_documents(tokenizer, texts, context) for piece in pieces]
     return windows
@@ -84,7 +85,7 @@ def matmul_peak(dtype: torch.dtype, device: str, size: int = 2048) -> float:
     return 2 * size**3 / min(timed(lambda: (a @ b).sum().item())[1] for _ in range(10))
 
 
-def timed(work: Callable) -> tuple:
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     """Result and seconds."""
     start = time.perf_counter()
     result = work()

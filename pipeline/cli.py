@@ -12,7 +12,7 @@ import typer
 from pipeline.failure import explain
 from pipeline.progress import say
 from schemas.config import Config, load_config, parse_yaml
-from schemas.errors import UserError
+from schemas.errors import Stranded, UserError
 
 # Forked tokenizer threads would only warn; stage 1 parallelises over workers.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -221,7 +221,11 @@ def main() -> None:
     try:
         app()
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(explain(error))
+        status = explain(error)
+        if isinstance(error, Stranded):
+            sys.stdout.flush()
+            os._exit(status)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def read_rows(path: Path, field: str, keys: tuple[str, ...]) -> list[dict[str, A
     return rows
 
 
-def evaluate_models(config: Config, models: list[str]) -> list[dict]:
+def evaluate_models(config: Config, models: list[str]) -> list[dict[str, Any]]:
     """Evaluate and print; without names, the base, the reference and every finished arm."""
     if not (config.eval.target or config.eval.problems):
         raise UserError("field `eval`: nothing to evaluate on", "give eval.target or eval.problems")

@@ -13,9 +13,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from pipeline.progress import console as default_console
-from schemas.errors import UserError, first_line, printable
+from schemas.errors import printable
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Layout, read_dataset, read_receipts
-from schemas.shard import DECODING, Window, open_shard, read_windows, shard_metadata
+from schemas.shard import Window, open_shard, read_group, shard_metadata
 
 # Green over yellow to red, one for each bin of HISTOGRAM_EDGES_NATS; black text is readable on all of them.
 COLOURS = ("#5fbf77", "#7fc97a", "#a3d37c", "#c8dc7e", "#e8e07f", "#f2c772", "#f2a765", "#ee8560", "#e8635c")
@@ -93,7 +93,7 @@ def _of_dataset(layout: Layout) -> tuple[Summary, list[Path]]:
     counts = [receipt.loss_histogram for receipt in receipts.values()] or [[0] * len(HISTOGRAM_EDGES_NATS)]
     names = ("documents", "windows", "tokens", "quarantined", "bytes", "loss_sum", "loss_count")
     named = dict(zip(names, (total(name) for name in names), strict=True))
-    summary = Summary(len(receipts), **named, histogram=np.sum(counts, axis=0).tolist())
+    summary = Summary(units=len(receipts), **named, histogram=np.sum(counts, axis=0).tolist())
     return summary, [layout.shard(unit) for unit in receipts]
 
 
@@ -109,18 +109,23 @@ def _of_shard(path: Path) -> Summary:
         count += len(losses)
         loss_sum += float(losses.sum())
         histogram += np.histogram(losses, [*HISTOGRAM_EDGES_NATS, np.inf])[0]
-    return Summary(1, documents, windows, tokens, None, path.stat().st_size, loss_sum, count, histogram.tolist())
+    return Summary(
+        units=1,
+        documents=documents,
+        windows=windows,
+        tokens=tokens,
+        quarantined=None,
+        bytes=path.stat().st_size,
+        loss_sum=loss_sum,
+        loss_count=count,
+        histogram=histogram.tolist(),
+    )
 
 
 def _windows(path: Path) -> Iterator[Window]:
     file = open_shard(path)
-    for group in range(file.metadata.num_row_groups):
-        try:
-            yield from read_windows(file.read_row_group(group))
-        except DECODING as error:
-            raise UserError(
-                f"{path}: row group {group} is damaged ({first_line(error)})", "run `tokensift verify` on its dataset"
-            ) from error
+    for group in range(file.num_row_groups):
+        yield from read_group(path, file, group)
 
 
 def _documents(shards: list[Path]) -> Iterator[tuple[str, list[Window]]]:
@@ -136,12 +141,12 @@ def _documents(shards: list[Path]) -> Iterator[tuple[str, list[Window]]]:
 
 
 def _tree(title: str, values: dict[str, Any], tree: Tree | None = None) -> Tree:
-    tree = tree or Tree(Text(title, style="bold"))
+    tree = tree or Tree(Text(printable(title), style="bold"))
     for key, value in values.items():
         if isinstance(value, dict):
-            _tree(key, value, tree.add(Text(key, style="bold")))
+            _tree(key, value, tree.add(Text(printable(key), style="bold")))
         else:
-            text = str(value)
+            key, text = printable(key), printable(str(value))
             short = text if len(text) <= HASH_LENGTH else text[:12] + "…"
             tree.add(Text.assemble((f"{key} ", "dim"), short))
     return tree
@@ -162,7 +167,7 @@ def _counts(summary: Summary) -> Table:
 def _histogram(summary: Summary) -> Table:
     """Bars of the reference losses; their colours are the legend of the documents."""
     table = Table("reference loss (nats)", "tokens", "share", title="token colours", title_justify="left", box=None)
-    most = max(summary.histogram)
+    most = max(1, *summary.histogram)
     for label, count, colour in zip(_labels(), summary.histogram, COLOURS, strict=True):
         width = round(BAR_WIDTH * count / most) or bool(count)
         share = f"{count / summary.loss_count:.1%}"

@@ -4,7 +4,7 @@ import time
 
 import typer
 
-from pipeline.progress import bar, console
+from pipeline.progress import bar, say
 from schemas.config import Config
 from score_jobs.job import Progress, score
 
@@ -18,23 +18,22 @@ def score_with_progress(config: Config) -> int:
             seconds = max(time.monotonic() - started, 1e-9)
             note = f"{state.units}/{state.units_total} units, {state.tokens / seconds:,.0f} tokens/s"
             note += f", {state.quarantined} quarantined" if state.quarantined else ""
-            done = state.input_bytes / state.input_bytes_total if state.input_bytes_total else 0.0
-            progress.update(done, note if state.stage == "score" else state.stage)
+            note = state.note if state.note != "score" else note
+            progress.update(state.input_bytes / state.input_bytes_total if state.input_bytes_total else 0.0, note)
 
         try:
             outcome = score(config, show)
         except KeyboardInterrupt:
-            console.print("stopped; what is scored stays: run `make score` again, it does the rest", highlight=False)
+            say("stopped; what is scored stays: run `make score` again, it does the rest")
             raise typer.Exit(130) from None
     receipts = outcome.receipts.values()
     tokens, documents = sum(item.tokens for item in receipts), sum(item.documents for item in receipts)
     losses, count = sum(item.loss_sum for item in receipts), sum(item.loss_count for item in receipts)
-    console.print(
+    say(
         f"scores: {tokens:,} tokens of {documents:,} documents in {len(outcome.receipts)} units,"
         f" mean {losses / max(count, 1):.3f} nats/token, {sum(item.quarantined for item in receipts)} quarantined;"
-        f" {outcome.new_tokens:,} tokens scored now in {time.monotonic() - started:.1f} s",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f" {outcome.new_tokens:,} tokens scored now in {time.monotonic() - started:.1f} s"
+    )
     for line in outcome.missing:
-        console.print(f"missing: {line}", style="red", highlight=False, soft_wrap=True, markup=False)
+        say(f"missing: {line}", style="red")
     return len(outcome.missing)

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.evaluate import TargetLoss
 from pipeline.progress import bar, say
 from schemas.config import Config, Context, Corpus, Train
@@ -12,7 +10,7 @@ from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
 from schemas.window import encode_in_batches
-from score_jobs.corpus import Document, read_documents, resolve, survey
+from score_jobs.corpus import Document, corpus_documents
 from trainer.data import MemoryWindows, ScoreShards, Source
 from trainer.loop import Run, Stopped, train
 from trainer.ranks import die_with_parent, joined
@@ -69,11 +67,8 @@ def run_training(title: str, config: Config, settings: Train, base: Path, source
 
 def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> MemoryWindows:
     """A small corpus as windows in memory. Documents that cannot be used are counted in the error if none is left."""
-    windows: list[np.ndarray] = []
-    for url in resolve(corpus):
-        rows = list(read_documents(url, 0, survey(url)[2], corpus))
-        texts = [row.text for row in rows if isinstance(row, Document)]
-        windows += [window for document in encode_in_batches(tokenizer, texts, context) for window in document]
+    texts = [row.text for row in corpus_documents(corpus) if isinstance(row, Document)]
+    windows = [window for document in encode_in_batches(tokenizer, texts, context) for window in document]
     if not windows:
         raise UserError(
             f"corpus: {corpus.paths or corpus.dataset}: no usable document", f"look at column `{corpus.text}`"

@@ -8,84 +8,103 @@ from typing import Any
 import numpy as np
 
 from pipeline.progress import bar
-from schemas.errors import UserError
-from schemas.fingerprint import difference
+from schemas.errors import UserError, first_line, printable
+from schemas.fingerprint import difference, digest
 from schemas.receipt import (
     HISTOGRAM_EDGES_NATS,
-    SCORE_AGAIN,
     Layout,
     Receipt,
+    is_unit,
     read_complete,
     read_dataset,
     read_receipt,
-    read_version,
 )
 from schemas.shard import Window, open_shard, read_group, shard_metadata
-from schemas.store import sha256_file
+from schemas.store import TEMPORARY_PREFIX, sha256_file
+
+OTHER_SETTINGS = "fingerprint differs from dataset.json"
 
 
 def verify(root: Path, progress: bool = True) -> list[str]:
     """Every problem of a score dataset or of one lone score shard, one line each with the file and the fix.
 
-    Raises UserError if `root` is neither.
+    A lone shard is held to its own checksums and token hashes alone. Raises UserError if `root` is neither.
     """
-    if root.is_file():
-        return list(_shard_problems(root))
-    layout = Layout(root)
-    if not layout.dataset.exists() and not (root / layout.UNITS[0]).is_dir():
+    found = _dataset_problems(Layout(root), progress) if not root.is_file() else list(_shard_problems(root))
+    return [" ".join(printable(problem).split("\n")) for problem in found]
+
+
+def _dataset_problems(layout: Layout, progress: bool) -> list[str]:
+    if not layout.dataset.exists() and not (layout.root / layout.UNITS[0]).is_dir():
         raise UserError(
-            f"{root}: neither a score dataset (no dataset.json, no units/) nor a .parquet file", "mend the path"
+            f"{layout.root}: neither a score dataset (no dataset.json, no units/) nor a .parquet file", "mend the path"
         )
     problems: list[str] = []
-    fingerprint, version = None, None
     try:
-        fingerprint, version = read_dataset(layout), read_version(layout)
+        fingerprint = read_dataset(layout)
     except UserError as error:
         problems.append(str(error))
-    units = layout.committed()
+        fingerprint = _commonest_fingerprint(layout)
+    units = [unit for unit in layout.committed() if is_unit(unit)]
     found: dict[str, list[str]] = {}
     with bar("verify", progress) as shown:
         for number, unit in enumerate(units):
             shown.update(number / len(units), unit)
-            found[unit] = list(_unit_problems(layout, unit, fingerprint, version))
+            found[unit] = list(_unit_problems(layout, unit, fingerprint))
         shown.update(1.0, f"{len(units)} units")
-    problems += _of_units(layout, found)
-    return problems + list(_incomplete(layout, set(units))) + list(_uncommitted(layout, set(units)))
+    problems += _blame(layout, found)
+    problems += _incomplete(layout, set(units), fingerprint)
+    return problems + list(_strangers(layout))
 
 
-OTHER_SETTINGS = "fingerprint differs from dataset.json"
+def _commonest_fingerprint(layout: Layout) -> dict[str, Any] | None:
+    """What most shards say made them: stands in for a dataset.json that cannot be trusted."""
+    named: dict[str, dict[str, Any]] = {}
+    votes: Counter[str] = Counter()
+    for unit in filter(is_unit, layout.store.names(*layout.UNITS)):
+        try:
+            path = layout.shard(unit)
+            fingerprint = shard_metadata(path, open_shard(path)).fingerprint
+        except UserError:
+            continue
+        named[digest(fingerprint)] = fingerprint
+        votes[digest(fingerprint)] += 1
+    return named[votes.most_common(1)[0][0]] if votes else None
 
 
-def _of_units(layout: Layout, found: dict[str, list[str]]) -> list[str]:
-    """Problems of all units; where every shard disagrees with dataset.json, it is dataset.json that changed."""
-    disagree = [lines for lines in found.values() if any(OTHER_SETTINGS in line for line in lines)]
-    if len(found) > 1 and len(disagree) == len(found):
-        return [
+def _blame(layout: Layout, found: dict[str, list[str]]) -> list[str]:
+    """Problems of all units; where every shard disagrees with dataset.json, it is dataset.json that changed.
+
+    Example: dataset.json of three units is edited. Each shard differs from it, and deleting three receipts would
+    throw away good scores; one line asks for the old dataset.json instead.
+    """
+    if found and all(any(OTHER_SETTINGS in line for line in lines) for lines in found.values()):
+        changed = (
             f"{layout.dataset}: no shard was made with the settings it names, so it is what changed;"
-            " restore it from a copy (every score shard's metadata holds the fingerprint)",
-            *(line for lines in found.values() for line in lines if OTHER_SETTINGS not in line),
-        ]
+            " restore it from a copy (every score shard's metadata holds the fingerprint)"
+        )
+        return [changed, *(line for lines in found.values() for line in lines if OTHER_SETTINGS not in line)]
     return [line for lines in found.values() for line in lines]
 
 
-def _unit_problems(layout: Layout, unit: str, fingerprint: dict[str, Any] | None, version: int | None) -> Iterator[str]:
-    path = layout.receipt(unit)
+def _unit_problems(layout: Layout, unit: str, fingerprint: dict[str, Any] | None) -> Iterator[str]:
+    path, shard = layout.receipt(unit), layout.shard(unit)
+    fix = f"delete {path} and run `make score` again"
     try:
-        receipt = read_receipt(path, version)
+        receipt = read_receipt(path, fingerprint.get("schema_version") if fingerprint else None)
+        yield from _quarantine_problems(layout.quarantine(unit), receipt, fix)
+        if not shard.is_file():
+            yield f"{shard}: missing, but it has a receipt; {fix}"
+        elif (size := shard.stat().st_size) != receipt.bytes:
+            yield f"{shard}: {size} bytes, its receipt says {receipt.bytes}; {fix}"
+        elif sha256_file(shard) != receipt.sha256:
+            yield f"{shard}: sha256 differs from its receipt's, so its bytes have changed; {fix}"
+        else:
+            yield from _shard_problems(shard, receipt, fingerprint, fix)
     except UserError as error:
         yield str(error)
-        return
-    fix = f"delete {path} and run `make score` again"
-    yield from _quarantine_problems(layout.quarantine(unit), receipt, fix)
-    shard = layout.shard(unit)
-    if not shard.exists():
-        yield f"{shard}: missing, but it has a receipt; {fix}"
-    elif (size := shard.stat().st_size) != receipt.bytes:
-        yield f"{shard}: {size} bytes, its receipt says {receipt.bytes}; {fix}"
-    elif sha256_file(shard) != receipt.sha256:
-        yield f"{shard}: sha256 differs from its receipt's, so its bytes have changed; {fix}"
-    else:
-        yield from _shard_problems(shard, receipt, fingerprint, fix)
+    except OSError as error:
+        yield f"{error.filename or shard}: cannot be read ({error.strerror or first_line(error)}); mend the disk or its permissions"
 
 
 def _shard_problems(
@@ -105,7 +124,7 @@ def _shard_problems(
         if metadata.unit != receipt.unit:
             yield f"{path}: says it is unit {metadata.unit!r}; {fix}"
     if fingerprint is not None and (lines := difference(fingerprint, metadata.fingerprint)):
-        yield f"{path}: {OTHER_SETTINGS} in {len(lines)} fields, first {lines[0]}; {fix}"
+        yield f"{path}: {OTHER_SETTINGS} in {len(lines)} fields, first {lines[0]:.200}; {fix}"
 
 
 def _well_formed(window: Window) -> bool:
@@ -120,11 +139,15 @@ def _well_formed(window: Window) -> bool:
 
 
 def _count_differences(windows: list[Window], receipt: Receipt) -> list[str]:
+    """Every count of a receipt, made again. The sum is exact too: float64 holds sums of so many float16 exactly."""
     losses = np.concatenate([np.empty(0), *[window.ref_loss[1:] for window in windows if window.ref_loss is not None]])
     found = {
         "windows": len(windows),
         "tokens": sum(len(window.tokens) for window in windows),
+        "documents": sum(window.index == 0 for window in windows),
+        "quarantined": receipt.end_document - receipt.first_document - receipt.documents,
         "loss_count": len(losses),
+        "loss_sum": float(losses.sum()),
         "loss_histogram": np.histogram(losses, [*HISTOGRAM_EDGES_NATS, np.inf])[0].tolist(),
     }
     return difference({name: getattr(receipt, name) for name in found}, found)
@@ -133,34 +156,40 @@ def _count_differences(windows: list[Window], receipt: Receipt) -> list[str]:
 def _quarantine_problems(path: Path, receipt: Receipt, fix: str) -> Iterator[str]:
     if receipt.quarantine_sha256 is None:
         if path.exists():
-            yield f"{path}: exists, but the unit's receipt knows no quarantined document; {fix}"
-    elif not path.exists():
+            yield f"{path}: exists, but the unit's receipt knows no quarantined document; delete it"
+    elif not path.is_file():
         yield f"{path}: missing, {receipt.quarantined} quarantined documents are unnamed; {fix}"
     elif sha256_file(path) != receipt.quarantine_sha256:
         yield f"{path}: sha256 differs from the unit's receipt; {fix}"
 
 
-def _incomplete(layout: Layout, units: set[str]) -> Iterator[str]:
-    """What `complete.json` says is there and is not, and the other way round; units that lie there twice."""
+def _incomplete(layout: Layout, units: set[str], fingerprint: dict[str, Any] | None) -> Iterator[str]:
+    """What `complete.json` says is there and is not, and the other way round; files that nothing commits."""
+    whole: list[str] | None = None
     try:
         whole = read_complete(layout)
+        if whole is None and not (fingerprint and fingerprint.get("schema_version") == 1):
+            yield f"{layout.complete}: missing, so scoring has not come to its end; run `make score`"
     except UserError as error:
         yield str(error)
-        return
-    if whole is None:
-        yield f"{layout.complete}: missing, so scoring has not come to its end; run `make score`"
-        return
-    if missing := set(whole) - units:
+    if whole is not None and (missing := set(whole) - units):
         yield f"{layout.root}: {len(missing)} of {len(whole)} units have no receipt, first {min(missing)}; run `make score`"
-    for unit in sorted(units - set(whole)):
-        yield f"{layout.receipt(unit)}: not part of the dataset that was scored; {SCORE_AGAIN}"
-    hashes = Counter(sha256_file(path) for unit in units if (path := layout.shard(unit)).exists())
-    if twice := sum(count - 1 for count in hashes.values()):
-        yield f"{layout.root}: {twice} shards lie there under a second name; delete the copies and their receipts"
-
-
-def _uncommitted(layout: Layout, units: set[str]) -> Iterator[str]:
+    if whole is not None and (extra := units - set(whole)):
+        yield (
+            f"{layout.root}: {len(extra)} units are not among those that complete.json names, first {min(extra)};"
+            " run `make score` if shards were added to the corpus, else delete their receipts and shards"
+        )
     for kind in (layout.UNITS, layout.QUARANTINE):
-        for unit in layout.store.names(*kind):
+        for unit in filter(is_unit, layout.store.names(*kind)):
             if unit not in units:
-                yield f"{layout.root / layout.name(kind, unit)}: not committed (no receipt); run `make score` again"
+                fix = "run `make score` again" if whole is None or unit in whole else "delete it"
+                yield f"{layout.root / layout.name(kind, unit)}: not committed (no receipt); {fix}"
+
+
+def _strangers(layout: Layout) -> Iterator[str]:
+    """What lies in the folders and is no file of a unit; `pq.read_table` would trip over it."""
+    for folder, suffix in (layout.UNITS, layout.RECEIPTS, layout.QUARANTINE):
+        for path in sorted((layout.root / folder).glob("*")):
+            named = path.name.endswith(suffix) and is_unit(path.name.removesuffix(suffix))
+            if not ((named and path.is_file()) or path.name.startswith(TEMPORARY_PREFIX)):
+                yield f"{path}: does not belong there; move it away"

@@ -76,6 +76,12 @@ class Score(Section):
     address: str | None = Field(default=None, description="null: a local Ray; auto: the cluster this node belongs to")
     entropy: bool = Field(default=False, description="also store ref_entropy")
     attempts: int = Field(default=3, ge=1, description="deaths of a worker after which a unit is given up")
+    unit_timeout_seconds: float | None = Field(
+        default=None, gt=0, description="longest time of one unit; null: 20 times what the slowest so far would need"
+    )
+    max_quarantined: float = Field(
+        default=0.1, ge=0, le=1, description="a larger share of documents that could not be scored is an error"
+    )
 
 
 class Train(Section):

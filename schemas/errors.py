@@ -12,6 +12,10 @@ class UserError(Exception):
         return f"{self.problem}; {self.fix}" if self.fix else self.problem
 
 
+class Stranded(UserError):
+    """A UserError that leaves threads of a foreign library blocked for good: the process must be ended, not unwound."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,11 +29,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
 
 
 def model_fingerprint(folder: Path) -> dict[str, str]:
-    """SHA-256 of the architecture and of every weight file. Raises UserError if there are no safetensors."""
+    """SHA-256 of the architecture and of every weight file. Raises UserError if either is missing."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{folder}: no *.safetensors", "convert the model (pickled weights are not loaded)")
-    return {path.name: sha256_file(path) for path in [folder / "config.json", *weights]}
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{folder}: no config.json, so it is not a model", "name a Hugging Face folder")
+    return {path.name: sha256_file(path) for path in [config, *weights]}
 
 
 def dataset_fingerprint(tokenizer: Any, model: Path, corpus: Corpus, context: Context, score: Score) -> dict[str, Any]:
@@ -71,12 +74,26 @@ def digest(value: Any) -> str:
 
 
 def difference(stored: Any, current: Any, field: str = "") -> list[str]:
-    """Field-by-field differences, one line each: `scorer.dtype: 'float32' stored, 'bfloat16' now`."""
+    """Field-by-field differences, one line each: `scorer.dtype: 'float32' stored, 'bfloat16' now`.
+
+    None at all exactly if the digests are equal: true is not 1, and null is not a field that is missing.
+    """
     if isinstance(stored, dict) and isinstance(current, dict):
         keys = sorted({*stored, *current})
         return [
             line
             for key in keys
-            for line in difference(stored.get(key), current.get(key), f"{field}.{key}" if field else key)
+            for line in difference(
+                stored.get(key, _MISSING), current.get(key, _MISSING), f"{field}.{key}" if field else key
+            )
         ]
-    return [] if stored == current else [f"{field}: {stored!r} stored, {current!r} now"]
+    same = stored is current if _MISSING in (stored, current) else digest(stored) == digest(current)
+    return [] if same else [f"{field}: {stored!r} stored, {current!r} now"]
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_MISSING = _Missing()

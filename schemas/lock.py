@@ -1,6 +1,7 @@
 """One writer a folder: a lock that the operating system lets go of when its holder dies."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,29 @@ from schemas.errors import UserError
 
 @contextmanager
 def locked(folder: Path, writer: str) -> Iterator[None]:
-    """Hold `folder` (made if need be) while the block runs. Raises UserError if another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: another {writer} is writing here", "wait for it, or choose another output"
-            ) from error
+    """Hold `folder` (made if need be) while the block runs. Raises UserError if it cannot be held."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written to ({error.strerror})", "mend its permissions, or choose another output"
+        ) from error
+    try:
+        _hold(handle, folder, writer)
         yield
+    finally:
+        os.close(handle)
+
+
+def _hold(handle: int, folder: Path, writer: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: another {writer} is writing here", "wait for it, or choose another output"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: its file system has no locks ({error.strerror})", "choose an output on another"
+        ) from error

@@ -37,8 +37,8 @@ def open_model(
     that is no whole model, a window beyond the model's positions, and a model whose windows cannot be kept apart.
     """
     module = _load(folder, field, dtype)
-    limit = getattr(module.config.get_text_config(), "max_position_embeddings", None) or window
-    if limit < window:
+    limit = _positions(module.config.get_text_config())
+    if limit is not None and limit < window:
         raise UserError(f"context.window: {window} is more than the {limit} positions of {folder}", "lower it")
     module.to(device).eval()
     opened = prove(module, compute or dtype, window, f"{field}: {folder}")
@@ -86,7 +86,7 @@ def local_model(name: str, field: str = "model") -> Path:
     Only safetensors weights are fetched; pickled ones are never loaded. Raises UserError if it cannot be had.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if not name or name.startswith((".", "/")) or name.count("/") > 1 or folder.exists():
         raise UserError(f"{field}: `{name}`: no such folder", "train it first (`make reference`) or mend the path")
@@ -125,7 +125,12 @@ def check_vocabulary(folder: Path, tokenizer: Any, field: str) -> None:
 
 def positions(folder: Path, field: str) -> int | None:
     """Most tokens that a model attends over, None if its config names no limit. Raises UserError if it has no config."""
-    return getattr(_text_config(folder, field), "max_position_embeddings", None)
+    return _positions(_text_config(folder, field))
+
+
+def _positions(config: Any) -> int | None:
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None
 
 
 def _text_config(folder: Path, field: str) -> Any:

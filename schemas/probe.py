@@ -12,9 +12,9 @@ takes, which is exact, and narrowed again. 4 compares two runs of one shape, so 
 on a GPU and about a second on a CPU.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from schemas.errors import UserError, first_line
 from schemas.forward import Isolation, Opened, casting
 from schemas.loss import batch_losses
 
-PROBE_TOKENS = 128
+PROBE_TOKENS = 64
 TOLERANCE_NATS = 1e-3  # float32 rounding makes 3e-5 over 88 families, and 3e-5 at 135M parameters
 ROUGH_NATS = 1.0  # where there is no memory for float32 weights: bfloat16 rounding makes up to 0.4 at 135M parameters
 NOISE_FACTOR = 4.0  # some GPU kernels add in any order: what two equal runs differ by is allowed so many times over
@@ -45,31 +45,23 @@ def prove(module: Any, compute: torch.dtype, window: int, name: str) -> Opened:
     Raises UserError, naming the model, if it is not causal, gives no finite losses or cannot keep windows apart.
     """
     lengths = _lengths(probe_length(module.config, window))
-    windows = _windows(int(module.get_input_embeddings().weight.shape[0]), lengths)
+    windows = _windows(_vocabulary(module), lengths)
     try:
-        with _widened(module) as exact:
-            tolerance = TOLERANCE_NATS if exact else ROUGH_NATS
-            opened = Opened(
-                module=module,
-                linear=has_linear_head(module),
-                isolation="packed",
-                compute=torch.float32 if exact else compute,
-            )
-            truth = [_plain(opened, ids) for ids in windows]
+        opened = Opened(module=module, linear=has_linear_head(module), isolation="packed", compute=compute)
+        with _widened(opened) as exact:
+            truth = [_plain(exact.opened, ids) for ids in windows]
             if not all(np.isfinite(losses).all() for losses in truth):
                 raise Refused("gives losses that are not finite: its weights are damaged")
-            _check_causal(opened, windows[1], truth[1], tolerance)
-            apart: dict[Isolation, float] = {}
-            for isolation in ISOLATIONS:
-                apart[isolation] = _distance(_losses(replace(opened, isolation=isolation), windows), truth)
+            _check_causal(exact.opened, windows[1], truth[1], exact.tolerance)
+        apart: list[str] = []
         for isolation in ISOLATIONS:
-            opened = replace(opened, isolation=isolation, compute=compute)
-            if apart[isolation] <= tolerance and _isolated(opened, windows):
+            opened = replace(opened, isolation=isolation)
+            with _widened(opened) as exact:
+                distance = _distance(_losses(exact.opened, windows), truth)
+            if distance <= exact.tolerance and _isolated(opened, windows):
                 return opened
-        raise Refused(
-            "lets a window's losses depend on what else is in the batch"
-            f" ({apart['packed']:.2g} nats packed, {apart['alone']:.2g} nats in rows of their own)"
-        )
+            apart.append(f"{distance:.2g} nats {isolation}")
+        raise Refused(f"lets a window's losses depend on what else is in the batch ({', '.join(apart)})")
     except Refused as error:
         raise UserError(f"{name} ({type(module).__name__}) {error}", "choose another model or context.window") from None
 
@@ -91,6 +83,12 @@ def _flat(values: Any) -> list[tuple[str, Any]]:
     return [pair for key, value in values.items() for pair in ((str(key), value), *_flat(value))]
 
 
+def _vocabulary(module: Any) -> int:
+    """Tokens that the model both reads and predicts."""
+    embeddings = (module.get_input_embeddings(), module.get_output_embeddings())
+    return min(int(item.weight.shape[0]) for item in embeddings if getattr(item, "weight", None) is not None)
+
+
 def _lengths(longest: int) -> list[int]:
     """One window that fills a row, and three that share one of as many tokens."""
     return [longest, max(4, longest // 2), max(2, longest // 8), max(2, longest // 4)]
@@ -101,9 +99,18 @@ def _windows(vocabulary: int, lengths: list[int]) -> list[np.ndarray]:
     return [rng.integers(min(8, vocabulary // 2), vocabulary, size=length) for length in lengths]
 
 
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """A model as exact as the device can run it, and what rounding may then amount to, nats."""
+
+    opened: Opened
+    tolerance: float
+
+
 @contextmanager
-def _widened(module: Any) -> Iterator[bool]:
-    """Weights and buffers in float32 for a while, exactly both ways; False if the device has no room for that."""
+def _widened(opened: Opened) -> Generator[Exact]:
+    """Weights and buffers in float32 for a while, exactly both ways; as they are if the device has no room for that."""
+    module = opened.module
     narrow = [
         (tensor, tensor.dtype)
         for tensor in (*module.parameters(), *module.buffers())
@@ -114,13 +121,13 @@ def _widened(module: Any) -> Iterator[bool]:
         for tensor, dtype in narrow:
             tensor.data = tensor.data.to(dtype)
 
-    exact = True
+    exact = Exact(opened=replace(opened, compute=torch.float32), tolerance=TOLERANCE_NATS)
     try:
         for tensor, _ in narrow:
             tensor.data = tensor.data.float()
     except torch.OutOfMemoryError:
         restore()
-        exact = False
+        exact = Exact(opened=opened, tolerance=ROUGH_NATS)
     try:
         yield exact
     finally:
@@ -144,7 +151,7 @@ def _isolated(opened: Opened, windows: list[np.ndarray]) -> bool:
 
 
 def _other(opened: Opened, tokens: np.ndarray) -> np.ndarray:
-    return (tokens + 1) % int(opened.module.get_input_embeddings().weight.shape[0])
+    return (tokens + 1) % _vocabulary(opened.module)
 
 
 @torch.no_grad()

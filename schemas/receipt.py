@@ -4,17 +4,19 @@ A receipt is the commit point of a unit and the only proof of work (law 2). All 
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from schemas.errors import UserError, first_line
-from schemas.seal import seal, unseal
+from schemas.seal import parse, seal, unseal
 from schemas.store import Store
 
 SCORE_AGAIN = "delete it and run `make score` again"
+READABLE_VERSIONS = (1, 2)  # version 1 had neither seals nor `complete.json`
 HISTOGRAM_EDGES_NATS = [0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]  # the last bin is open
 
 
@@ -58,8 +60,12 @@ class Layout:
 
     @staticmethod
     def name(kind: tuple[str, str], unit: str) -> str:
-        """The name of one of a unit's files in the store."""
+        """The name of one of a unit's files in the store. Raises UserError for what is no unit's name."""
         folder, suffix = kind
+        if not is_unit(unit):
+            raise UserError(
+                f"{folder}/{unit}{suffix}: is not named as a unit is (letters, digits, - and _)", "move it away"
+            )
         return f"{folder}/{unit}{suffix}"
 
     def committed(self) -> list[str]:
@@ -77,6 +83,11 @@ class Layout:
             self.store.sweep(folder)
 
 
+def is_unit(name: str) -> bool:
+    """Whether a unit can have this name; none leads out of the dataset's folder or drives a terminal."""
+    return re.fullmatch(r"[A-Za-z0-9_-]{1,128}", name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Canary:
     """A few tokens and their losses as the resume check itself computes them: float32 nats, without position 0.
@@ -88,25 +99,31 @@ class Canary:
     ref_loss: list[float]
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+BINS = len(HISTOGRAM_EDGES_NATS)
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What one finished unit holds. Sizes in bytes, losses in nats, durations in seconds."""
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     unit: str
     shard: str
-    first_document: int
-    end_document: int
+    first_document: Count
+    end_document: Count
     input_hash: str
-    bytes: int
+    bytes: Count
     sha256: str
-    windows: int
-    tokens: int
-    documents: int
-    quarantined: int
+    windows: Count
+    tokens: Count
+    documents: Count
+    quarantined: Count
     quarantine_sha256: str | None
     loss_sum: float
-    loss_count: int
-    loss_histogram: list[int]
+    loss_count: Count
+    loss_histogram: Annotated[list[Count], Field(min_length=BINS, max_length=BINS)]
     engine: dict[str, Any]
     seconds: dict[str, float]
     canary: list[Canary] = field(default_factory=list)
@@ -128,13 +145,16 @@ def read_receipts(layout: Layout) -> dict[str, Receipt]:
 
 def read_receipt(path: Path, version: int | None = None) -> Receipt:
     """One receipt. Raises UserError if it is damaged or names another unit than its file does."""
-    raw = _read(path, version, SCORE_AGAIN)
+    raw = _read(path, version == 1, SCORE_AGAIN)
     try:
         receipt = _RECEIPT.validate_json(json.dumps(raw), strict=True)
     except (ValidationError, ValueError) as error:
         raise UserError(f"{path}: not a receipt ({first_line(error)})", SCORE_AGAIN) from error
     if receipt.unit != path.stem:
-        raise UserError(f"{path}: is the receipt of unit {receipt.unit!r}, not of {path.stem!r}", SCORE_AGAIN)
+        raise UserError(
+            f"{path}: is the receipt of unit {receipt.unit!r}, not of {path.stem!r}",
+            "delete it and its shard, and run `make score` again",
+        )
     return receipt
 
 
@@ -146,13 +166,21 @@ def write_dataset(layout: Layout, fingerprint: dict[str, Any]) -> None:
 
 def read_dataset(layout: Layout) -> dict[str, Any]:
     """The fingerprint of a dataset. Raises UserError if there is none or a bit of it was changed."""
-    if not layout.dataset.exists():
-        raise UserError(f"{layout.dataset}: missing, so {layout.root} is not a score dataset", "run `make score` first")
-    fix = "restore it from a copy; every score shard's metadata holds the same fingerprint"
-    raw = _read(layout.dataset, _loose_version(layout.dataset), fix)
-    fingerprint = raw.get("fingerprint")
+    path, fix = layout.dataset, "restore it from a copy; every score shard's metadata holds the same fingerprint"
+    if not path.exists():
+        begun = layout.committed()
+        raise UserError(
+            f"{path}: missing, " + ("though there are receipts" if begun else "so this is not a score dataset"),
+            fix if begun else "run `make score` first",
+        )
+    fingerprint = _read(path, _is_version_1(path), fix).get("fingerprint")
     if not isinstance(fingerprint, dict) or not all(isinstance(fingerprint.get(key), dict) for key in _PARTS):
-        raise UserError(f"{layout.dataset}: has no whole `fingerprint`", fix)
+        raise UserError(f"{path}: has no whole `fingerprint`", fix)
+    version = fingerprint.get("schema_version")
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        raise UserError(
+            f"{path}: schema version {version!r}, and this release reads {READABLE_VERSIONS}", "use a newer one"
+        )
     return fingerprint
 
 
@@ -161,7 +189,7 @@ _PARTS = ("tokenizer", "model", "corpus", "context", "scorer")
 
 def read_version(layout: Layout) -> int:
     """The schema version of a dataset. Raises UserError as `read_dataset`."""
-    return int(read_dataset(layout).get("schema_version", 1))
+    return read_dataset(layout)["schema_version"]
 
 
 def write_complete(layout: Layout, units: list[str]) -> None:
@@ -175,35 +203,27 @@ def read_complete(layout: Layout) -> list[str] | None:
     """The units that make the dataset whole, or None if no scoring job came to its end. Raises UserError if damaged."""
     if not layout.complete.exists():
         return None
-    units = _read(layout.complete, None, "delete it and run `make score` again, which writes it anew").get("units")
-    if not isinstance(units, list):
-        raise UserError(f"{layout.complete}: has no list of units", SCORE_AGAIN)
-    return [str(unit) for unit in units]
+    fix = "delete it and run `make score` again, which writes it anew"
+    units = _read(layout.complete, False, fix).get("units")
+    if not isinstance(units, list) or not all(isinstance(unit, str) and is_unit(unit) for unit in units):
+        raise UserError(f"{layout.complete}: has no list of units", fix)
+    return units
 
 
-def _read(path: Path, version: int | None, fix: str) -> dict[str, Any]:
-    """Sealed JSON; version 1 had no seals."""
+def _read(path: Path, plain: bool, fix: str) -> dict[str, Any]:
+    """Sealed JSON, or plain (version 1). A link is followed: what it leads to is held to the same seal."""
     try:
-        data = path.read_bytes()
-        return _plain(data) if version == 1 else unseal(data)
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a file")
+        return (parse if plain else unseal)(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be trusted ({first_line(error)})", fix) from error
 
 
-def _plain(data: bytes) -> dict[str, Any]:
+def _is_version_1(path: Path) -> bool:
+    """Whether a `dataset.json` is of version 1, and so holds no hash of itself."""
     try:
-        value = json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
-def _loose_version(path: Path) -> int | None:
-    """1 for a `dataset.json` of that version, which holds no hash of itself; None for all others."""
-    try:
-        raw = _plain(path.read_bytes())
+        raw = parse(path.read_bytes())
     except (OSError, ValueError):
-        return None
-    return 1 if "hash" not in raw and raw.get("schema_version") == 1 else None
+        return False
+    return "hash" not in raw and raw.get("schema_version") == 1

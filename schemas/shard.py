@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import UserError, first_line
+from schemas.seal import parse
 from schemas.window import token_hashes
 
 ROW_GROUP_WINDOWS = 1024
@@ -50,6 +51,12 @@ def shard_schema(vocabulary: int, entropy: bool) -> pa.Schema:
     columns += [("ref_entropy", values(pa.float16()))] if entropy else []
     columns += [("token_hash", pa.uint64())]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+
+
+def _readable_schemas() -> list[pa.Schema]:
+    """Every schema that was ever written: version 1 had no `row`."""
+    now = [shard_schema(vocabulary, entropy) for vocabulary in (0, 65_536) for entropy in (False, True)]
+    return now + [schema.remove(schema.get_field_index("row")) for schema in now]
 
 
 def encode_shard(windows: Sequence[Window], schema: pa.Schema, metadata: dict[str, Any]) -> bytes:
@@ -103,11 +110,13 @@ def open_shard(path: Path | pa.BufferReader) -> pq.ParquetFile:
     """Open a score shard with page checksums verified. Raises UserError if it is not one."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
-        metadata = file.schema_arrow.metadata or {}
+        schema = file.schema_arrow
     except DECODING as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})", SCORE_AGAIN) from error
-    if METADATA_KEY not in metadata:
+    if METADATA_KEY not in (schema.metadata or {}):
         raise UserError(f"{path}: a Parquet file, but not a score shard (no `tokensift` metadata)", "name another file")
+    if not any(schema.equals(known) for known in _readable_schemas()):
+        raise UserError(f"{path}: its columns are not those of a score shard ({schema.names})", SCORE_AGAIN)
     return file
 
 
@@ -122,10 +131,10 @@ class ShardMetadata:
 def shard_metadata(path: Path, file: pq.ParquetFile) -> ShardMetadata:
     """A shard's own metadata. Raises UserError if they are damaged."""
     try:
-        raw = json.loads(file.schema_arrow.metadata[METADATA_KEY])
-        fingerprint, unit = raw["fingerprint"], raw["unit"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raw = parse(file.schema_arrow.metadata[METADATA_KEY])
+    except ValueError as error:
         raise UserError(f"{path}: damaged metadata ({first_line(error)})", SCORE_AGAIN) from error
+    fingerprint, unit = raw.get("fingerprint"), raw.get("unit")
     if not isinstance(fingerprint, dict) or not isinstance(unit, str):
         raise UserError(f"{path}: damaged metadata (no fingerprint and unit)", SCORE_AGAIN)
     return ShardMetadata(fingerprint=fingerprint, unit=unit)
@@ -148,10 +157,10 @@ def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Window]:
     return windows
 
 
-def _lists(arrays: Sequence[np.ndarray | None], kind: pa.DataType) -> pa.Array:
+def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
     dtype = kind.value_type.to_pandas_dtype()
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
-    np.cumsum([0 if array is None else len(array) for array in arrays], out=offsets[1:])
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
     values = np.concatenate([np.empty(0, dtype), *[np.asarray(array, dtype=dtype) for array in arrays]])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), type=kind)
 

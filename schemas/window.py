@@ -36,10 +36,10 @@ def encode_in_batches(tokenizer: Any, texts: Sequence[str], context: Context) ->
     ]
 
 
-def split(tokens: np.ndarray, window: int) -> Iterator[np.ndarray]:
-    """Consecutive pieces of at most `window` tokens; joined they are `tokens` again."""
-    for start in range(0, len(tokens), window):
-        yield tokens[start : start + window]
+def split(tokens: np.ndarray, longest: int) -> Iterator[np.ndarray]:
+    """Consecutive windows of at most `longest` tokens; joined they are `tokens` again."""
+    for start in range(0, len(tokens), longest):
+        yield tokens[start : start + longest]
 
 
 def token_hash(tokens: np.ndarray) -> int:
@@ -49,7 +49,7 @@ def token_hash(tokens: np.ndarray) -> int:
 
 def token_hashes(windows: Iterable[np.ndarray]) -> np.ndarray:
     """`token_hash` of each window, uint64 [windows]."""
-    return np.fromiter((token_hash(window) for window in windows), dtype=np.uint64)
+    return np.fromiter((token_hash(tokens) for tokens in windows), dtype=np.uint64)
 
 
 def _special(tokenizer: Any, kind: str) -> int:

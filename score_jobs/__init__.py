@@ -1,1 +1,1 @@
-"""Stage 1: corpus shards -> score shards. Ray is imported only in `score_jobs.job`."""
+"""Stage 1: corpus shards -> score shards. Ray is imported only in `score_jobs.pool`."""

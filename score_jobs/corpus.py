@@ -1,16 +1,11 @@
-"""Corpus shards: which files a corpus is, how many documents each holds, and reading a range of them.
+"""Documents: how many a shard of the corpus holds, and reading a range of them, each or the reason why not."""
 
-Formats: Parquet and JSON lines, plain, gzip or zstd (OpenWebMath's published forms). Places: local paths, globs,
-any fsspec URL, and Hugging Face datasets by name.
-"""
-
-import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -19,11 +14,17 @@ import xxhash
 import zstandard
 
 from schemas.config import Corpus
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
+from score_jobs.files import is_unicode, resolve
+from score_jobs.lines import read_lines, unpacked_blocks
 
-FORMATS = (".parquet", ".jsonl.zst", ".jsonl.gz", ".jsonl")
-MAX_LINE_BYTES = 256_000_000
-READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException, ValueError)
+STRING_TYPES = ("string", "large_string", "string_view")
+READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException, ValueError, OverflowError)
+PARQUET_BATCH_ROWS = 16  # values of some megabytes each must fit in memory twice
+BYTES_A_CHARACTER = 12  # JSON may write one beyond the basic plane as two escapes of six bytes
+OTHER_FIELDS_BYTES = 1 << 22
+# zstd stores copies of a short line in a sixtieth of a byte each; less than a thousandth is no corpus.
+MAX_ROWS_A_BYTE = 1000
 
 
 class ShardError(Exception):
@@ -48,185 +49,212 @@ class Rejected:
     reason: str
 
 
-def resolve(corpus: Corpus) -> list[str]:
-    """The corpus's shard URLs, sorted. Raises UserError for a pattern that names nothing or an unknown format."""
-    urls: list[str] = []
-    for pattern in corpus.paths or _dataset_files(corpus):
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        found = filesystem.glob(path) if any(mark in path for mark in "*?[") else [path] * filesystem.exists(path)
-        if not found:
-            raise UserError(f"corpus.paths: `{pattern}` names no file; mend the path (relative to the working folder)")
-        urls += [filesystem.unstrip_protocol(name).removeprefix("file://") for name in found]
-    for url in urls:
-        if not url.endswith(FORMATS):
-            raise UserError(f"corpus.paths: `{url}`: unknown format; known are {', '.join(FORMATS)}")
-    return sorted(set(urls))
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """What a shard holds: the xxh3-128 of its bytes, sizes in bytes, rows, and a Parquet's columns with their types."""
+
+    input_hash: str
+    bytes: int
+    unpacked_bytes: int
+    documents: int
+    columns: dict[str, str] = field(default_factory=dict)
 
 
-def _dataset_files(corpus: Corpus) -> list[str]:
-    """The files behind a Hugging Face dataset's split, as `datasets` itself resolves them."""
-    import datasets  # slow to import, and only this path needs it
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """A row without fields, and why."""
 
-    try:
-        files = datasets.load_dataset_builder(str(corpus.dataset)).config.data_files or {}
-    except Exception as error:
-        raise UserError(f"corpus.dataset: `{corpus.dataset}` cannot be resolved: {error}") from error
-    if corpus.split not in files:
-        raise UserError(
-            f"corpus.split: `{corpus.split}` is not in {corpus.dataset}; it has {', '.join(files) or 'none'}"
-        )
-    return [str(name) for name in files[corpus.split]]
+    reason: str
 
 
 def version_of(url: str) -> str:
-    """A cheap token that changes when the file does: size and modification time, or the store's own etag."""
-    filesystem, path = fsspec.core.url_to_fs(url)
-    info = filesystem.info(path)
+    """A cheap token that changes when the file does: size and modification time, or the store's own etag.
+
+    Raises ShardError if the file is gone.
+    """
+    with _reading(url):
+        filesystem, path = fsspec.core.url_to_fs(url)
+        info = filesystem.info(path)
     marks = [info.get(key) for key in ("size", "mtime", "ETag", "etag", "LastModified", "blob_id")]
     return "|".join(str(mark) for mark in marks if mark is not None)
 
 
-def _open(url: str) -> Any:
-    return fsspec.open(url, "rb")
-
-
-def survey(url: str) -> tuple[str, int, int]:
-    """Read a shard once: (xxh3-128 of its bytes, its bytes, its documents).
-
-    Raises ShardError if it is truncated or corrupt.
-    """
-    digest, size = xxhash.xxh3_128(), 0
-    try:
+def survey(url: str) -> Surveyed:
+    """Read a whole shard. Raises ShardError if it is truncated, corrupt or no corpus."""
+    with _reading(url):
+        digest, size = xxhash.xxh3_128(), 0
         with _open(url) as handle:
             while block := handle.read(1 << 22):
                 digest.update(block)
                 size += len(block)
         if not size and not url.endswith(".jsonl"):
             raise EOFError("the file is empty")
-        if url.endswith(".parquet"):
-            with _open(url) as handle:
-                return digest.hexdigest(), size, pq.ParquetFile(handle).metadata.num_rows
         with _open(url) as handle:
-            return digest.hexdigest(), size, sum(1 for _ in _lines(handle, url))
-    except READ_ERRORS as error:
-        raise ShardError(f"{url}: truncated or corrupt ({_first_line(error)}); fetch it again") from error
+            if url.endswith(".parquet"):
+                documents, unpacked, columns = _measure_parquet(handle)
+            else:
+                documents, unpacked = _measure_lines(handle, url)
+                columns = {}
+        if documents > MAX_ROWS_A_BYTE * size:
+            raise ValueError(f"{documents:,} rows in {size:,} bytes")
+        return Surveyed(
+            input_hash=digest.hexdigest(),
+            bytes=size,
+            unpacked_bytes=unpacked,
+            documents=documents,
+            columns=columns,
+        )
 
 
-def read_documents(url: str, first: int, end: int, corpus: Corpus) -> Iterator[Document | Rejected]:
-    """Rows `first` to `end` (exclusive) of a shard, each a document or a reason why not.
+def _measure_parquet(handle: Any) -> tuple[int, int, dict[str, str]]:
+    """Rows, unpacked bytes and columns, as the footer says them."""
+    file = pq.ParquetFile(handle)
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    documents = sum(group.num_rows for group in groups)
+    if documents != file.metadata.num_rows or any(group.num_rows < 0 for group in groups):
+        raise ValueError("its row groups do not add up to its rows")
+    return documents, max(0, sum(group.total_byte_size for group in groups)), _columns(file)
 
-    Raises ShardError if the shard cannot be read that far, UserError if it lacks a column.
+
+def _measure_lines(handle: Any, url: str) -> tuple[int, int]:
+    """Lines, counted as `read_lines` does, and unpacked bytes."""
+    newlines, unpacked, last = 0, 0, b"\n"
+    for block in unpacked_blocks(handle, url):
+        newlines += block.count(b"\n")
+        unpacked += len(block)
+        last = block[-1:]
+    return newlines + (last != b"\n"), unpacked
+
+
+def corpus_documents(corpus: Corpus) -> Iterator[Document | Rejected]:
+    """Every row of a corpus that must be whole, shard after shard. Raises UserError naming a shard that is not."""
+    for url in resolve(corpus):
+        try:
+            yield from read_documents(url, corpus)
+        except ShardError as error:
+            raise UserError(str(error)) from error
+
+
+def read_documents(url: str, corpus: Corpus, first: int = 0, end: int | None = None) -> Iterator[Document | Rejected]:
+    """Rows `first` to `end` (exclusive; None: the last) of a shard, each a document or a reason why not.
+
+    Raises ShardError if the shard cannot be read that far or lacks the text column.
     """
-    try:
-        with _open(url) as handle:
-            rows = (
-                _parquet_rows(handle, url, first, end, corpus) if url.endswith(".parquet") else _json_rows(handle, url)
-            )
-            for row, record in rows:
-                if row >= end:
-                    return
-                if row >= first:
-                    yield _judge(row, record, url, corpus)
-    except READ_ERRORS as error:
-        raise ShardError(f"{url}: cannot be read to row {end} ({_first_line(error)}); fetch it again") from error
+    read = first
+    with _reading(url), _open(url) as handle:
+        rows = (
+            _parquet_rows(handle, corpus, first, end) if url.endswith(".parquet") else _json_rows(handle, url, corpus)
+        )
+        for row, record in rows:
+            if end is not None and row >= end:
+                break
+            if row >= first:
+                yield _check(row, record, url, corpus)
+                read = row + 1
+        if end is not None and read < end:
+            raise EOFError(f"it ends at row {read}, and had {end} or more")
 
 
-def _judge(row: int, record: Any, url: str, corpus: Corpus) -> Document | Rejected:
+def _check(row: int, record: Any, url: str, corpus: Corpus) -> Document | Rejected:
+    """A row as a document, or the reason why it is none."""
     fallback = f"{url.rsplit('/', 1)[-1]}#{row}"
+    if isinstance(record, _Unreadable):
+        return Rejected(row, fallback, record.reason)
     if not isinstance(record, dict):
-        return Rejected(row, fallback, record if isinstance(record, str) else "the line is not a JSON object")
+        return Rejected(row, fallback, "the line is not a JSON object")
     name = record.get(corpus.id) if corpus.id else None
-    doc_id = name if isinstance(name, str) and name and _is_unicode(name) else fallback
+    doc_id = name if isinstance(name, str) and name and is_unicode(name) else fallback
     text = record.get(corpus.text)
     if text is None:
         return Rejected(row, doc_id, f"no `{corpus.text}`")
+    if isinstance(text, bytes):
+        return Rejected(row, doc_id, f"`{corpus.text}` is not UTF-8")
     if not isinstance(text, str):
         return Rejected(row, doc_id, f"`{corpus.text}` is {type(text).__name__}, not a string")
     if not text.strip():
         return Rejected(row, doc_id, f"`{corpus.text}` is empty")
     if len(text) > corpus.max_chars:
         return Rejected(row, doc_id, f"{len(text)} characters, more than corpus.max_chars ({corpus.max_chars})")
-    if not _is_unicode(text):
+    if not is_unicode(text):
         return Rejected(row, doc_id, f"`{corpus.text}` holds lone surrogates")
     return Document(row, doc_id, text)
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def text_column_problem(columns: dict[str, str], corpus: Corpus) -> str | None:
+    """Why no text can be read from a Parquet shard of these columns; None if it can."""
+    if corpus.text not in columns:
+        return f"no column `{corpus.text}`; it has {', '.join(columns) or 'none'}"
+    kind = columns[corpus.text]
+    if not any(name in kind for name in STRING_TYPES):
+        return f"column `{corpus.text}` is {kind}, not text"
+    return None
 
 
-def _parquet_rows(handle: BinaryIO, url: str, first: int, end: int, corpus: Corpus) -> Iterator[tuple[int, Any]]:
-    file = pq.ParquetFile(handle)
-    if corpus.text not in file.schema_arrow.names:
-        raise UserError(
-            f"corpus.text: {url} has no column `{corpus.text}`; it has {', '.join(file.schema_arrow.names)}"
-        )
-    columns = [name for name in (corpus.text, corpus.id) if name in file.schema_arrow.names]
+def _columns(file: pq.ParquetFile) -> dict[str, str]:
+    return {item.name: str(item.type) for item in file.schema_arrow}
+
+
+def _parquet_rows(handle: Any, corpus: Corpus, first: int, end: int | None) -> Iterator[tuple[int, Any]]:
+    # Buffered, so that a column is unpacked page by page; a page and a value are held whole.
+    file = pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+    problem = text_column_problem(_columns(file), corpus)
+    if problem:
+        raise ValueError(problem)
+    names = [name for name in dict.fromkeys((corpus.text, corpus.id)) if name in file.schema_arrow.names]
     row = 0
     for group in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
-        if row + rows > first and row < end:
-            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
-                yield from enumerate(batch.to_pylist(), row)
-                row += batch.num_rows
+        if row + rows > first and (end is None or row < end):
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, row_groups=[group], columns=names):
+                columns = [_values(batch.column(name)) for name in names]
+                for values in zip(*columns, strict=True):
+                    yield row, dict(zip(names, values, strict=True))
+                    row += 1
         else:
             row += rows
 
 
-def _json_rows(handle: BinaryIO, url: str) -> Iterator[tuple[int, Any]]:
-    for row, line in enumerate(_lines(handle, url)):
-        try:
-            yield row, json.loads(line)
-        except (ValueError, RecursionError):
-            yield row, "the line is not JSON in UTF-8"
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values; a string that is not UTF-8 stays bytes, for Arrow does not check what it reads."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        strings = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+        return [_decoded(value) for value in strings.cast(pa.large_binary()).to_pylist()]
 
 
-def _lines(handle: BinaryIO, url: str) -> Iterator[bytes]:
-    if url.endswith(".zst"):
-        # The standard library's reader would take a truncated last frame for the end of the file.
-        stream: Any = io.BufferedReader(_WholeFrames(handle), 1 << 20)
-    elif url.endswith(".gz"):
-        stream = gzip.GzipFile(fileobj=handle)
-    else:
-        stream = handle
-    while line := stream.readline(MAX_LINE_BYTES):
-        yield line
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return value.decode() if value is not None else None
+    except UnicodeDecodeError:
+        return value
 
 
-class _WholeFrames(io.RawIOBase):
-    """Decompresses concatenated zstd frames, and raises EOFError if the last one is not complete."""
-
-    def __init__(self, handle: BinaryIO):
-        self.handle = handle
-        self.frame = zstandard.ZstdDecompressor().decompressobj()
-        self.inside = False
-        self.pending = b""
-        self.ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            block = self.pending or self.handle.read(1 << 18)
-            if not block:
-                if self.inside:
-                    raise EOFError("the last zstd frame ends too soon")
-                return 0
-            self.ready, self.inside = memoryview(self.frame.decompress(block)), True
-            self.pending = b""
-            if self.frame.eof:
-                self.pending = self.frame.unused_data
-                self.frame, self.inside = zstandard.ZstdDecompressor().decompressobj(), False
-        count = min(len(buffer), len(self.ready))
-        buffer[:count] = self.ready[:count]
-        self.ready = self.ready[count:]
-        return count
+def _json_rows(handle: Any, url: str, corpus: Corpus) -> Iterator[tuple[int, Any]]:
+    limit = BYTES_A_CHARACTER * corpus.max_chars + OTHER_FIELDS_BYTES
+    for row, line in enumerate(read_lines(handle, url, limit)):
+        yield row, _parse(line) if line is not None else _Unreadable(f"a line of more than {limit:,} bytes")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return _Unreadable("the line is not JSON in UTF-8")
+
+
+def _open(url: str) -> Any:
+    return fsspec.open(url, "rb")
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """What reading a shard can raise, as ShardError; UserError where this user may not read it at all."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"corpus.paths: {url} may not be read by this user", "mend its permissions") from error
+    except Exception as error:
+        if not isinstance(error, READ_ERRORS) and "://" not in url:  # a back end raises what its network stack raises
+            raise
+        raise ShardError(f"{url}: truncated or corrupt ({first_line(error)}); fetch it again") from error

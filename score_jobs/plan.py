@@ -1,16 +1,27 @@
 """The plan: which units a corpus makes, named from input bytes and settings."""
 
-import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from schemas.config import Corpus
+from schemas.disk import writing
+from schemas.errors import UserError
 from schemas.fingerprint import digest
+from schemas.seal import seal, unseal
 from schemas.store import write_atomic
-from score_jobs.corpus import ShardError, resolve, survey, version_of
+from score_jobs.corpus import ShardError, Surveyed, survey, text_column_problem, version_of
+from score_jobs.files import resolve
+
+SURVEY_THREADS = 8
+# Bounds of a unit, which no text reaches: text unpacks to some 4 times its bytes, and 64 MB of it are 100,000 pages.
+MAX_UNPACKING = 16
+MAX_UNIT_DOCUMENTS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,52 +44,91 @@ class Plan:
     broken: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a shard held when its file had this version."""
+
+    version: str
+    surveyed: Surveyed
+
+
+_INVENTORY = TypeAdapter(dict[str, Entry])
+
+
 def plan(
-    corpus: Corpus, fingerprint: dict, unit_bytes: int, inventory: Path, progress: Callable[[int, int], None]
+    corpus: Corpus, fingerprint: dict[str, Any], unit_bytes: int, inventory: Path, progress: Callable[[int, int], None]
 ) -> Plan:
     """Survey the corpus's shards and cut them into units.
 
-    `inventory` caches what a survey found, by the file's version, so that a second plan opens no shard.
+    `inventory` caches what a survey found, by the file's version, so that a second plan opens no shard. Raises
+    UserError if no shard at all has the text column.
     """
     urls = resolve(corpus)
-    known: dict[str, list] = json.loads(inventory.read_text()) if inventory.exists() else {}
+    known = _read_inventory(inventory)
+    settings = digest(fingerprint)
     units: list[Unit] = []
     broken: list[str] = []
-
-    def look(url: str) -> list | str:
-        version = version_of(url)
-        if url in known and known[url][0] == version:
-            return known[url]
-        try:
-            return [version, *survey(url)]
-        except ShardError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(8) as pool:
-        for done, (url, found) in enumerate(zip(urls, pool.map(look, urls), strict=True), 1):
+    without_text: list[str] = []
+    with ThreadPoolExecutor(SURVEY_THREADS) as pool:
+        entries = pool.map(lambda url: _survey_once(url, known.get(url)), urls)
+        for done, (url, entry) in enumerate(zip(urls, entries, strict=True), 1):
             progress(done, len(urls))
-            if isinstance(found, str):
-                broken.append(found)
+            if isinstance(entry, ShardError):
+                broken.append(str(entry))
                 continue
-            known[url] = found
-            units += cut_units(url, *found[1:], unit_bytes=unit_bytes, settings=digest(fingerprint))
-    write_atomic(inventory, json.dumps(known, indent=0, sort_keys=True).encode())
-    return Plan(units, broken)
+            known[url] = entry
+            problem = url.endswith(".parquet") and text_column_problem(entry.surveyed.columns, corpus)
+            if problem:
+                without_text.append(f"{url}: {problem}")
+            else:
+                units += cut_units(url, entry.surveyed, unit_bytes, settings)
+    if len(without_text) == len(urls):
+        raise UserError(f"corpus.text: no shard has it ({without_text[0]})", "name the column that holds the text")
+    with writing(inventory):
+        write_atomic(inventory, seal({"shards": _INVENTORY.dump_python(known)}))
+    return Plan(units=units, broken=broken + without_text)
 
 
-def cut_units(url: str, input_hash: str, size_bytes: int, documents: int, unit_bytes: int, settings: str) -> list[Unit]:
-    """Equal ranges of a shard's documents, about `unit_bytes` of input each."""
-    count = max(1, min(documents, round(size_bytes / unit_bytes)))
+def _survey_once(url: str, known: Entry | None) -> Entry | ShardError:
+    """The known entry if the file did not change, else a new one, or the error that stands for the shard."""
+    try:
+        version = version_of(url)
+        return known if known and known.version == version else Entry(version=version, surveyed=survey(url))
+    except ShardError as error:
+        return error
+
+
+def _read_inventory(path: Path) -> dict[str, Entry]:
+    """What earlier surveys found. A cache: one that is missing, damaged or of another version is made anew."""
+    try:
+        return _INVENTORY.validate_python(unseal(path.read_bytes()).get("shards"))
+    except (OSError, ValueError):
+        return {}
+
+
+def cut_units(url: str, surveyed: Surveyed, unit_bytes: int, settings: str) -> list[Unit]:
+    """Equal ranges of a shard's documents, about `unit_bytes` of input each.
+
+    They are smaller where so much input unpacks to more than a worker should hold. Example: 10 documents in 250 bytes
+    at 100 bytes a unit are rows 0 to 5 and 5 to 10.
+    """
+    documents = surveyed.documents
+    count = max(
+        round(surveyed.bytes / unit_bytes),
+        -(-surveyed.unpacked_bytes // (MAX_UNPACKING * unit_bytes)),
+        -(-documents // MAX_UNIT_DOCUMENTS),
+    )
+    count = max(1, min(documents, count))
     edges = [documents * i // count for i in range(count + 1)]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", url.rsplit("/", 1)[-1].split(".")[0])[:64]
     return [
         Unit(
-            name=f"{stem}-{i:05d}-{digest([input_hash, first, end, settings])}",
+            name=f"{stem}-{i:05d}-{digest([surveyed.input_hash, first, end, settings])}",
             url=url,
-            input_hash=input_hash,
+            input_hash=surveyed.input_hash,
             first=first,
             end=end,
-            input_bytes=size_bytes // count,
+            input_bytes=surveyed.bytes // count,
         )
         for i, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
         if end > first

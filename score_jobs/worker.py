@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from schemas.config import Context, Corpus, Score
+from schemas.disk import writing
 from schemas.models import check_vocabulary, open_tokenizer
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, encode_shard, open_shard, read_group, shard_schema
@@ -60,9 +61,12 @@ class Worker:
         self.engine = open_engine(job.model, job.context, job.score)
 
     def score(self, unit: Unit) -> Receipt:
-        """Score a unit and commit it: shard first, receipt last. Raises ShardError if its input is broken."""
+        """Score a unit and commit it: shard first, receipt last.
+
+        Raises ShardError if its input is broken, UserError if the output's disk is full or read-only.
+        """
         started = time.perf_counter()
-        rows = list(read_documents(unit.url, unit.first, unit.end, self.job.corpus))
+        rows = list(read_documents(unit.url, self.job.corpus, unit.first, unit.end))
         read = time.perf_counter()
         found = self._score_rows(rows)
         canary = self._make_canary(found.windows)
@@ -70,8 +74,10 @@ class Worker:
         committed = self.layout.receipt(unit.name)
         if committed.exists():  # by a worker that this one was thought to replace; its bytes stay (law 2)
             return read_receipt(committed)
-        shard = self._put_shard(unit, found.windows)
-        quarantine = self._put_quarantine(unit, found.rejected)
+        with writing(self.layout.shard(unit.name)):
+            shard = self._put_shard(unit, found.windows)
+        with writing(self.layout.quarantine(unit.name)):
+            quarantine = self._put_quarantine(unit, found.rejected)
         losses = _flat_losses(found.windows)
         receipt = Receipt(
             unit=unit.name,
@@ -97,7 +103,8 @@ class Worker:
             },
             canary=canary,
         )
-        write_receipt(self.layout, receipt)
+        with writing(self.layout.receipt(unit.name)):
+            write_receipt(self.layout, receipt)
         return receipt
 
     def canary_drift(self, canaries: list[Canary]) -> float:

@@ -25,11 +25,14 @@ import pytest
 import torch
 import yaml
 import zstandard
+from hypothesis import settings
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from schemas.config import Config
 
+settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+settings.load_profile("tests")
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 512
 WINDOW = 64

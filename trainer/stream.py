@@ -138,10 +138,10 @@ def prefetched(stream: Iterator[Step]) -> Generator[Step, None, None]:
 
     Close it when done: an interpreter that ends while the thread reads Parquet aborts.
     """
-    ready: queue.Queue = queue.Queue(PREFETCHED_STEPS)
+    ready: queue.Queue[Step | BaseException] = queue.Queue(PREFETCHED_STEPS)
     stop = threading.Event()
 
-    def put(item: object) -> bool:
+    def put(item: Step | BaseException) -> bool:
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.1)

@@ -10,7 +10,7 @@ from pipeline.train import run_training, tokens_of
 from schemas.config import Config, Corpus, Train
 from schemas.errors import UserError
 from schemas.models import open_tokenizer
-from score_jobs.corpus import Document, read_documents, resolve, survey
+from score_jobs.corpus import Document, corpus_documents
 
 VOCABULARY = 2048
 
@@ -69,13 +69,7 @@ def model_shape(window: int) -> LlamaConfig:
 
 def make_tokenizer(corpora: list[Corpus], folder: Path) -> None:
     """Train a byte-level BPE on the demo's text and save it as a Hugging Face tokenizer."""
-    texts = [
-        row.text
-        for corpus in corpora
-        for url in resolve(corpus)
-        for row in read_documents(url, 0, survey(url)[2], corpus)
-        if isinstance(row, Document)
-    ]
+    texts = [row.text for corpus in corpora for row in corpus_documents(corpus) if isinstance(row, Document)]
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>")

@@ -3,7 +3,8 @@
 The corpus stands for OpenWebMath: manual pages (docstrings of numpy, sympy, networkx) with page furniture,
 and worked problems hidden between their sections: reasoning-gym's GSM templates and CHAMP's model-written
 answers, right and wrong. The curated corpus holds right worked answers only. Held-out templates and CHAMP
-problems occur nowhere else; the base model's pages come from modules that are not in the corpus.
+problems occur nowhere else, and no 13 words of theirs in a row (`pipeline.demo.overlap`); the base model's pages come
+from modules that are not in the corpus.
 """
 
 import ast
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from pipeline.demo.overlap import HeldOut
 from schemas.errors import UserError
 
 PACKAGES = ("networkx", "numpy", "sympy")
@@ -37,7 +39,7 @@ BASE_MANUALS, CURATED_GSM, CURATED_CHAMP = 2_500_000, 500_000, 350_000
 TARGET_GSM, TARGET_CHAMP, EXACT_MATCH = 120, 40, 40
 HELDOUT_SHARE = 0.25
 GSM_SUFFIX = " Give the result as your final answer. Do not include units."
-RECIPE = 4  # raise when other text is made, so that old folders are rebuilt
+RECIPE = 5  # raise when other text is made, so that old folders are rebuilt
 PAGE_BYTES = (800, 2_000, 5_000, 12_000)
 
 Row = dict[str, Any]
@@ -164,12 +166,14 @@ def crawl_day(rng: random.Random) -> str:
     return f"{rng.randrange(2013, 2024)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
 
 
-def pages(rng: random.Random, files: list[tuple[str, Path]], budget: float) -> Iterator[tuple[str, int, list[str]]]:
+def pages(
+    rng: random.Random, files: list[tuple[str, Path]], held: HeldOut, budget: float
+) -> Iterator[tuple[str, int, list[str]]]:
     """(module, page number, paragraphs) of mixed lengths until `budget` bytes are used."""
     for name, path in files:
         page: list[str] = []
         number, room = 1, rng.choice(PAGE_BYTES)
-        for section in [*sections(name, path), ""]:
+        for section in [*held.without(sections(name, path)), ""]:
             page += [section] if section else []
             size = sum(len(part.encode()) for part in page)
             if page and (size > room or not section):
@@ -196,27 +200,30 @@ def documents(rng: random.Random, site: str, found: list[tuple[str, int, list[st
     return rows
 
 
-def corpora(sources: Sources, scale: float) -> dict[str, list[Row]]:
-    """File name (below the folder) to rows, for the three corpora."""
+def corpora(sources: Sources, held: HeldOut, scale: float) -> dict[str, list[Row]]:
+    """File name (below the folder) to rows, for the three corpora; what touches held-out text is left out."""
     rng = random.Random(f"{sources.seed} corpora")
     rng.shuffle(files := modules())
     half = len(files) // 2
-    gsm = (prompt + text for _, prompt, text, _ in sources.gsm(1, sources.templates))
-    told = sources.champ_outputs(rng)
+    gsm = held.without(prompt + text for _, prompt, text, _ in sources.gsm(1, sources.templates))
+    told = {text: right for text, right in sources.champ_outputs(rng).items() if not held.touches(text)}
     chosen = dict.fromkeys(until((text for text, right in told.items() if right), CURATED_CHAMP * scale))
     left = (text for text in told if text not in chosen)
     hidden = [*until(gsm, CORPUS_GSM * scale), *until(left, CORPUS_CHAMP * scale)]
-    noisy = documents(rng, "corpus", list(pages(rng, files[:half], CORPUS_MANUALS * scale)), hidden)
-    clean = documents(rng, "base", list(pages(rng, files[half:], BASE_MANUALS * scale)), [])
+    noisy = documents(rng, "corpus", list(pages(rng, files[:half], held, CORPUS_MANUALS * scale)), hidden)
+    clean = documents(rng, "base", list(pages(rng, files[half:], held, BASE_MANUALS * scale)), [])
     made = {f"corpus/owm-style-{i:05}.jsonl.zst": noisy[i :: 2 * SHARDS] for i in range(SHARDS)}
     made |= {f"corpus/owm-style-{i:05}.parquet": noisy[i :: 2 * SHARDS] for i in range(SHARDS, 2 * SHARDS)}
-    return made | {"base/pages.jsonl.zst": clean, "reference/curated.jsonl.zst": curated(sources, chosen, rng, scale)}
+    return made | {
+        "base/pages.jsonl.zst": clean,
+        "reference/curated.jsonl.zst": curated(sources, chosen, held, rng, scale),
+    }
 
 
-def curated(sources: Sources, chosen: Iterable[str], rng: random.Random, scale: float) -> list[Row]:
+def curated(sources: Sources, chosen: Iterable[str], held: HeldOut, rng: random.Random, scale: float) -> list[Row]:
     """Worked answers of training templates, CHAMP's chosen right answers and its experts' solutions."""
-    gsm = (prompt + text for _, prompt, text, _ in sources.gsm(2, sources.templates))
-    experts = ("".join(sources.champ_expert(problem)) for problem in sorted(sources.problems))
+    gsm = held.without(prompt + text for _, prompt, text, _ in sources.gsm(2, sources.templates))
+    experts = held.without("".join(sources.champ_expert(problem)) for problem in sorted(sources.problems))
     texts = [*until(gsm, CURATED_GSM * scale), *chosen, *experts]
     rng.shuffle(texts)
     return [{"id": f"curated-{i:05}", "text": text} for i, text in enumerate(texts)]
@@ -250,7 +257,7 @@ def encode(name: str, rows: list[Row]) -> bytes:
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(lines) if name.endswith(".zst") else lines
 
 
-def intact(folder: Path, seed: int, scale: float) -> dict | None:
+def intact(folder: Path, seed: int, scale: float) -> dict[str, Any] | None:
     """The manifest if it is there, was made with the same settings, and every file still matches."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -267,14 +274,14 @@ def versions() -> dict[str, dict[str, str]]:
     try:
         about = {name: metadata.metadata(name) for name in SOURCES}
     except metadata.PackageNotFoundError as error:
-        raise UserError(f"demo data: {error.name} is not installed; pip install {error.name}") from error
+        raise UserError(f"demo data: {error.name} is not installed", "pip install 'tokensift[demo]'") from error
     return {
         name: {"version": facts["Version"], "licence": facts["License-Expression"] or facts["License"]}
         for name, facts in about.items()
     }
 
 
-def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict:
+def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     """Make the demo's data in `folder` unless it is there and intact; returns the manifest (bytes per file).
 
     `scale` multiplies the amount of text; 1 is about 2.5 MB of corpus. Raises UserError on a foreign folder.
@@ -282,11 +289,13 @@ def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict:
     if manifest := intact(folder, seed, scale):
         return manifest
     if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
-        raise UserError(f"demo data: {folder} holds files that the demo did not make; name an empty folder")
+        raise UserError(f"demo data: {folder} holds files that the demo did not make", "name an empty folder by root")
     made_from, sources, files = versions(), Sources(seed), {}
+    judged = heldout(sources, scale)
+    held = HeldOut(row["prompt"] + row.get("text", "") for rows in judged.values() for row in rows)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    for name, rows in (corpora(sources, scale) | heldout(sources, scale)).items():
+    for name, rows in (corpora(sources, held, scale) | judged).items():
         data = encode(name, rows)
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).write_bytes(data)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from score_jobs.engines import Scored
 
 
@@ -44,8 +45,11 @@ class VllmEngine:
                 enforce_eager=not gpus,
                 seed=0,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"score.model: {model} cannot be loaded by vllm: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # vllm raises what the model's code, its own checks and CUDA raise
+            raise UserError(
+                f"score.model: {model} cannot be loaded by vllm ({_useful_line(error)})",
+                "mend the model or the setting it names, or set score.engine: hf",
+            ) from error
         self.settings = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
@@ -68,3 +72,8 @@ class VllmEngine:
     def describe(self) -> dict[str, Any]:
         """What a receipt says of the engine."""
         return {"name": "vllm"}
+
+
+def _useful_line(error: Exception) -> str:
+    """What went wrong: a pydantic error's first line only counts its errors."""
+    return str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else first_line(error)

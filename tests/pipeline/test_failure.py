@@ -184,7 +184,7 @@ COMMANDS = st.one_of(
     st.builds(command, st.sampled_from(CONFIG_VERBS), st.just(BROKEN), OPTIONS, ENDS),
     st.builds(command, st.just("inspect"), PATHS, st.one_of(st.just(()), st.tuples(st.just("--tokenizer"), PATHS))),
     st.builds(command, st.just("verify"), PATHS),
-    st.builds(command, st.just(("initx", "--base")), PATHS, st.just("--corpus"), PATHS, st.just("--curated"), PATHS),
+    st.builds(command, st.just(("init", "--base")), PATHS, st.just("--corpus"), PATHS, st.just("--curated"), PATHS),
     st.lists(st.one_of(NASTY, st.sampled_from(["nonsense", "--version", "-c", "inspect", "--documents", "-3"])), max_size=4),
 )  # fmt: skip
 

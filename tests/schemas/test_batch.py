@@ -118,3 +118,22 @@ def test_a_row_filler_that_keeps_windows_alone_gives_each_a_row() -> None:
     filler = RowFiller(3, ROW, alone=True)
     assert [filler.add(index, 2) for index in range(4)] == [True, True, True, False]
     assert filler.rows == [[0], [1], [2]]
+
+
+def test_best_fit_places_the_longest_first_into_the_fullest_row_that_holds_it() -> None:
+    assert best_fit([3, 4, 2, 5], 8) == [[3, 0], [1, 2]]  # 5 + 3 fill a row exactly
+    assert best_fit([8, 8], 8) == [[0], [1]] and best_fit([4, 4, 4], 8) == [[0, 1], [2]]
+    assert best_fit([6, 5, 2, 3], 8) == [[0, 2], [1, 3]]  # 3 goes to the row with room 3, 2 to the one with room 2
+    assert best_fit([], 8) == []
+
+
+def test_rows_of_one_window_stand_longest_first_and_equal_ones_in_their_order() -> None:
+    assert one_a_row([3, 9, 3, 5]) == [[1], [3], [0], [2]]
+
+
+def test_a_batch_moves_whole() -> None:
+    batch = collate([np.arange(1, 4), np.arange(5, 7)], [[0, 1]], 8)
+    moved = batch.to("meta")
+    assert {tensor.device.type for tensor in (moved.ids, moved.positions, moved.targets, moved.owner)} == {"meta"}
+    assert moved.places == batch.places and moved.lengths == [3, 2]
+    assert torch.equal(batch.to("cpu").owner, batch.owner)

@@ -1,5 +1,9 @@
 """Score shards: what is written is read, by anyone, byte for byte the same each time."""
 
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,8 @@ from schemas.config import Config
 from schemas.errors import UserError
 from schemas.receipt import Layout, read_receipts
 from schemas.shard import (
+    METADATA_KEY,
+    SCORE_AGAIN,
     ShardMetadata,
     Window,
     encode_shard,
@@ -35,14 +41,16 @@ def make_windows(count: int, entropy: bool = False, top: int = 500, seed: int = 
         values = rng.gamma(2.0, 1.5, size=(2, length)).astype(np.float16)
         values[:, 0] = np.nan
         tokens = rng.integers(0, top, size=length)
-        windows.append(Window(f"документ/{index}", index % 3, tokens, values[0], values[1] if entropy else None))
+        entropies = values[1] if entropy else None
+        windows.append(Window(f"документ/{index}", index % 3, tokens, values[0], entropies, row=2**40 + index // 3))
     return windows
 
 
 def same(old: Window, new: Window) -> bool:
     floats = [(old.ref_loss, new.ref_loss), (old.ref_entropy, new.ref_entropy)]
     return (
-        (old.doc_id, old.index) == (new.doc_id, new.index)
+        (old.doc_id, old.row, old.index) == (new.doc_id, new.row, new.index)
+        and new.tokens.dtype == np.int64
         and np.array_equal(old.tokens, new.tokens)
         and all((a is None) == (b is None) and (a is None or a.tobytes() == b.tobytes()) for a, b in floats)
     )
@@ -93,6 +101,8 @@ def test_float_columns_are_byte_stream_split_and_every_column_is_zstd_and_has_no
             columns = [file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns)]
             assert {column.compression for column in columns} == {"ZSTD"}
             for column in columns:
+                # A dictionary pays for document ids alone.
+                assert ("RLE_DICTIONARY" in column.encodings) == (column.path_in_schema == "doc_id")
                 if column.path_in_schema.split(".")[0] in ("ref_loss", "ref_entropy"):
                     assert "BYTE_STREAM_SPLIT" in column.encodings
                     assert "RLE_DICTIONARY" not in column.encodings
@@ -179,3 +189,94 @@ def test_a_receipt_counts_what_its_shard_holds(scores: Config) -> None:
         assert receipt.loss_count == len(losses) == sum(receipt.loss_histogram)
         assert receipt.loss_sum == pytest.approx(float(losses.astype(np.float64).sum()))
         assert receipt.bytes == layout.shard(unit).stat().st_size
+
+
+def refuses(call: Callable[[], object], problem: str, fix: str = SCORE_AGAIN) -> None:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert re.fullmatch(problem, caught.value.problem) and caught.value.fix == fix, str(caught.value)
+
+
+@pytest.mark.parametrize("vocabulary", [500, 70_000])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_both_schema_versions_are_read_and_version_1_knows_no_row(
+    tmp_path: Path, vocabulary: int, entropy: bool
+) -> None:
+    path = tmp_path / "u.parquet"
+    windows = make_windows(5, entropy, vocabulary)
+    path.write_bytes(encode_shard(windows, shard_schema(vocabulary, entropy), METADATA))
+    assert all(map(same, windows, read_group(path, open_shard(path), 0)))
+    pq.write_table(pq.read_table(path).drop_columns(["row"]), path)
+    old = [replace(window, row=-1) for window in windows]
+    assert all(map(same, old, read_group(path, open_shard(path), 0)))
+    assert pq.read_schema(path).field("tokens").type.value_field.name == "element"
+
+
+def test_any_other_column_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "u.parquet"
+    path.write_bytes(encode_shard(make_windows(5), shard_schema(500, False), METADATA))
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("more", pa.array([1] * 5)), path)
+    names = re.escape(str([*table.column_names, "more"]))
+    refuses(lambda: open_shard(path), rf".*u\.parquet: its columns are not those of a score shard \({names}\)")
+
+
+@pytest.mark.parametrize("column", ["tokens", "ref_loss", "doc_id", "row"])
+def test_law_12_a_flipped_bit_in_a_page_of_any_column_is_found_by_its_checksum(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "u.parquet"
+    path.write_bytes(encode_shard(make_windows(50), shard_schema(500, False), METADATA))
+    good, chunks = path.read_bytes(), pq.ParquetFile(path).metadata.row_group(0)
+    chunk = next(c for c in map(chunks.column, range(7)) if c.path_in_schema.split(".")[0] == column)
+    end = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+    for place in range(end - 20, end, 5):  # in the page itself; its header has no checksum
+        data = bytearray(good)
+        data[place] ^= 1
+        path.write_bytes(data)
+        refuses(lambda: read_group(path, open_shard(path), 0), r".*u\.parquet: row group 0 is damaged \(.*CRC.*\)")
+
+
+def test_checksums_are_stored_so_that_anyone_can_check_them(tmp_path: Path) -> None:
+    windows, schema = make_windows(50), shard_schema(500, False)
+    path = tmp_path / "u.parquet"
+    path.write_bytes(encode_shard(windows, schema, METADATA))
+    data = bytearray(path.read_bytes())
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(4)
+    assert chunk.path_in_schema.startswith("ref_loss")
+    data[chunk.data_page_offset + chunk.total_compressed_size - 20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(OSError, match="CRC"):
+        pq.ParquetFile(path, page_checksum_verification=True).read_row_group(0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        (b"[]", "not a JSON object"),
+        (b'{"fingerprint": {}, "unit": 5}', "no fingerprint and unit"),
+        (b'{"fingerprint": [], "unit": "u"}', "no fingerprint and unit"),
+        (b"{}", "no fingerprint and unit"),
+    ],
+)
+def test_damaged_metadata_are_named_with_the_way_on(tmp_path: Path, metadata: bytes, problem: str) -> None:
+    path = tmp_path / "u.parquet"
+    path.write_bytes(encode_shard(make_windows(5), shard_schema(500, False), METADATA))
+    pq.write_table(pq.read_table(path).replace_schema_metadata({METADATA_KEY: metadata}), path)
+    refuses(lambda: shard_metadata(path, open_shard(path)), rf".*u\.parquet: damaged metadata \({problem}\)")
+
+
+def test_every_refusal_names_the_shard_and_the_way_on(tmp_path: Path) -> None:
+    path = tmp_path / "u.parquet"
+    path.write_bytes(b"PAR1")
+    refuses(lambda: open_shard(path), r".*u\.parquet: not a readable Parquet file \(.*(bytes|Parquet).*\)")
+    pq.write_table(pa.table({"a": [1]}), path)
+    refuses(lambda: open_shard(path), r".*u\.parquet: a Parquet file, but not a score shard .*", "name another file")
+    windows = make_windows(3)
+    windows[1] = replace(windows[1], ref_loss=np.zeros(len(windows[1].tokens) + 1, np.float16))
+    path.write_bytes(encode_shard(windows, shard_schema(500, False), METADATA))
+    read = partial(read_group, path, open_shard(path), 0)
+    refuses(read, r".*u\.parquet: document 'документ/1': ref_loss is not as long as tokens")
+    path.write_bytes(encode_shard(make_windows(3), shard_schema(500, False), METADATA))
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("token_hash")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(np.zeros(3, np.uint64))), path)
+    refuses(partial(read_group, path, open_shard(path), 0), r".*tokens do not match token_hash in 3 rows")

@@ -1,24 +1,12 @@
-"""Files and fingerprints: published whole or not at all, and differences that name their fields."""
+"""Files: a name appears whole or not at all, and stays."""
 
 import hashlib
 import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from schemas.config import Config
-from schemas.errors import UserError
-from schemas.fingerprint import difference, digest, model_fingerprint
-from schemas.receipt import Layout, read_dataset, read_receipts, write_dataset
 from schemas.store import NotWritten, Store, sha256_file, write_atomic
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.dictionaries(st.text("abc", min_size=1, max_size=3), inner, max_size=3),
-    max_leaves=8,
-)
 
 
 def names(folder: Path) -> list[str]:
@@ -91,62 +79,22 @@ def test_sha256_file_is_the_sha256_of_the_bytes(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
-@given(JSON)
-def test_nothing_differs_from_itself_and_its_digest_does_not_change(value: object) -> None:
-    assert difference(value, value) == [] and digest(value) == digest(value)
+def test_a_name_is_there_until_it_is_deleted_and_may_be_deleted_twice(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert not store.exists("a")
+    store.put("a", b"x")
+    assert store.exists("a")
+    for _ in range(2):
+        store.delete("a")
+        assert not store.exists("a")
 
 
-@given(st.dictionaries(st.text("abc", min_size=1), JSON, min_size=1), st.data())
-def test_a_difference_names_the_field_that_changed(value: dict, data: st.DataObject) -> None:
-    key = data.draw(st.sampled_from(sorted(value)))
-    lines = difference({"scorer": value}, {"scorer": {**value, key: "changed!"}})
-    assert lines == [f"scorer.{key}: {value[key]!r} stored, 'changed!' now"]
-    assert digest(value) != digest({**value, key: "changed!"})
+def test_a_sweep_does_not_mind_another_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = [tmp_path / ".tmp-a", tmp_path / ".tmp-b"]
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: gone)
+    Store(tmp_path).sweep(".")
 
 
-def test_a_field_that_appears_or_goes_is_a_difference() -> None:
-    assert difference({"a": {"x": 1}}, {"a": {}}) == ["a.x: 1 stored, None now"]
-    assert difference({}, {"b": 2}) == ["b: None stored, 2 now"]
-
-
-def test_law_3_a_field_that_goes_is_a_difference_even_if_it_was_null() -> None:
-    assert difference({"a": {"x": None}}, {"a": {"x": 0}}) == ["a.x: None stored, 0 now"]
-
-
-def test_the_models_fingerprint_changes_with_its_weights_and_its_shape(tmp_path: Path, tiny_model: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
-    first = model_fingerprint(tmp_path)
-    assert first == model_fingerprint(tiny_model)
-    for name in ("config.json", "model.safetensors"):
-        data = bytearray((tmp_path / name).read_bytes())
-        data[-1] ^= 1
-        (tmp_path / name).write_bytes(data)
-        assert [line.split(":")[0] for line in difference(first, model_fingerprint(tmp_path))] == [name]
-        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
-
-
-def test_a_model_without_safetensors_is_the_users_error(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="safetensors"):
-        model_fingerprint(tmp_path)
-
-
-def test_dataset_json_is_written_once_and_read_back(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
-    with pytest.raises(UserError, match=r"dataset\.json"):
-        read_dataset(layout)
-    parts: dict[str, object] = {part: {} for part in ("tokenizer", "model", "corpus", "context", "scorer")}
-    write_dataset(layout, {"schema_version": 2, "a": 2, **parts})
-    write_dataset(layout, {"schema_version": 2, "a": 3, **parts})
-    assert read_dataset(layout) == {"schema_version": 2, "a": 2, **parts}
-
-
-def test_a_damaged_receipt_is_the_users_error_and_is_named(scores: Config, tmp_path: Path) -> None:
-    source = min((scores.score.output / "receipts").glob("*.json"))
-    (tmp_path / "receipts").mkdir()
-    good = source.read_bytes()
-    for damage in (b"", good[:100], b"{}", b"[]", b"5", good.replace(b'"tokens"', b'"tok"')):
-        (tmp_path / "receipts" / source.name).write_bytes(damage)
-        with pytest.raises(UserError, match=source.name):
-            read_receipts(Layout(tmp_path))
+def test_an_atomic_write_makes_every_folder_above(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a" / "b" / "file", b"x")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"x"

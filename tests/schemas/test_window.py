@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from schemas.config import Context
 from schemas.errors import UserError
-from schemas.window import encode_documents, split, token_hash, token_hashes
+from schemas.window import DOCUMENTS_PER_CALL, encode_documents, encode_in_batches, split, token_hash, token_hashes
 
 TOKENS = st.lists(st.integers(0, 2**17), max_size=200).map(lambda ids: np.array(ids, dtype=np.int64))
 
@@ -78,5 +78,29 @@ def test_a_document_without_tokens_has_no_windows(tiny_model: Path) -> None:
 def test_a_missing_bos_is_an_error_that_names_the_field(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.bos_token = None
-    with pytest.raises(UserError, match=r"context\.bos"):
+    match = r"^context\.bos: the tokenizer has no BOS token; set context\.bos: false$"
+    with pytest.raises(UserError, match=match):
         encode_documents(tokenizer, ["x"], Context(window=16))
+
+
+@given(st.lists(TOKENS, max_size=5))
+def test_token_hashes_are_the_hashes_one_by_one(windows: list[np.ndarray]) -> None:
+    assert token_hashes(windows).tolist() == [token_hash(window) for window in windows]
+
+
+def test_many_documents_are_encoded_a_few_at_a_time_to_the_same_windows(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = [f"Theorem {number}." for number in range(2 * DOCUMENTS_PER_CALL + 1)]
+    context, calls = Context(window=3), []
+
+    def counted(texts: list[str], **options: object) -> object:
+        calls.append((len(texts), options["add_special_tokens"]))
+        return tokenizer(texts, **options)
+
+    counted.bos_token_id, counted.eos_token_id = 0, 1  # type: ignore[attr-defined]
+    found = encode_in_batches(counted, texts, context)
+    assert calls == [(DOCUMENTS_PER_CALL, False), (DOCUMENTS_PER_CALL, False), (1, False)]
+    expected = encode_documents(tokenizer, texts, context)
+    assert [[w.tolist() for w in windows] for windows in found] == [[w.tolist() for w in w2] for w2 in expected]
+    assert found[0][0].dtype == np.int64
+    assert encode_in_batches(tokenizer, [], context) == []

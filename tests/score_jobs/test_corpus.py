@@ -1,6 +1,7 @@
 """Corpus readers: every format gives the same documents, and what is broken says so."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ import pytest
 
 from schemas.config import Corpus
 from schemas.errors import UserError
-from score_jobs.corpus import Document, Rejected, ShardError, read_documents, resolve, survey, version_of
+from score_jobs.corpus import Document, Rejected, ShardError, corpus_documents, read_documents, survey, version_of
+from score_jobs.files import resolve
 
 
 def read_all(url: str, **fields: Any) -> list[Document | Rejected]:
-    return list(read_documents(url, 0, survey(url)[2], Corpus(paths=[url], **fields)))
+    return list(read_documents(url, Corpus(paths=[url], **fields)))
 
 
 def test_every_format_gives_the_same_documents_in_the_same_order(corpus_tools: SimpleNamespace, tmp_path: Path) -> None:
@@ -26,7 +28,7 @@ def test_every_format_gives_the_same_documents_in_the_same_order(corpus_tools: S
     for suffix in corpus_tools.formats:
         url = str(corpus_tools.write_documents(tmp_path / f"part.{suffix}", documents, frames=3))
         assert read_all(url) == expected, suffix
-        middle = list(read_documents(url, 5, 13, Corpus(paths=[url])))
+        middle = list(read_documents(url, Corpus(paths=[url]), 5, 13))
         assert middle == expected[5:13], suffix
 
 
@@ -68,7 +70,8 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (b'{"url": "u", "text": "\xff\xfe"}', "not JSON in UTF-8"),
     "blank line": (b"", "not JSON"),
     "not an object": (b"[1, 2]", "not a JSON object"),
-    "a JSON string": (b'"text"', "text"),
+    "a JSON string": (b'"text"', "not a JSON object"),
+    "NaN": (b'{"url": "u", "text": NaN}', "float, not a string"),
     "lone surrogate": (b'{"url": "u", "text": "a \\ud800 b"}', "surrogate"),
     "deep": (b"[" * 100_000, "not JSON"),
 }
@@ -103,11 +106,73 @@ def test_a_pattern_that_names_nothing_or_an_unknown_format_is_the_users_error(tm
         resolve(Corpus(paths=[str(tmp_path / "*.txt")]))
 
 
-def test_a_parquet_shard_without_the_text_column_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [{"body": ["x"]}, {"text": [1], "body": ["x"]}])
+def test_law_4_a_parquet_shard_without_text_is_an_error_that_names_it(tmp_path: Path, table: dict) -> None:
     path = tmp_path / "part.parquet"
-    pq.write_table(pa.table({"body": ["x"]}), path)
-    with pytest.raises(UserError, match=r"no column `text`.*body"):
+    pq.write_table(pa.table(table), path)
+    with pytest.raises(ShardError, match=r"part\.parquet.*column `text`"):
         read_all(str(path))
+    with pytest.raises(UserError, match=r"part\.parquet.*column `text`"):
+        list(corpus_documents(Corpus(paths=[str(path)])))
+
+
+def test_a_corpus_is_read_whole_and_in_order(corpus_folder: Path) -> None:
+    corpus = Corpus(paths=[str(corpus_folder / "part-*")])
+    expected = [row for url in resolve(corpus) for row in read_documents(url, corpus, 0, survey(url).documents)]
+    assert list(corpus_documents(corpus)) == expected and len(expected) == 4 * 24 + 3
+
+
+def test_law_4_a_parquet_value_that_is_not_utf8_costs_its_document(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    column = pa.array([b"one", b"\xff\xfe", b"two"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": column}), path)
+    rows = read_all(str(path))
+    assert [type(row) for row in rows] == [Document, Rejected, Document]
+    assert isinstance(rows[1], Rejected) and rows[1].reason == "`text` is not UTF-8"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_shard_that_holds_fewer_rows_than_surveyed_is_an_error(
+    corpus_tools: SimpleNamespace, tmp_path: Path, suffix: str
+) -> None:
+    path = corpus_tools.write_documents(tmp_path / f"part.{suffix}", corpus_tools.make_documents(4))
+    with pytest.raises(ShardError, match="ends at row 4"):
+        list(read_documents(str(path), Corpus(paths=[str(path)]), 2, 5))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere://x/part.jsonl", "Protocol not known"),
+        ("s3://bucket/part.jsonl", "s3fs"),
+        ("gs://bucket/part.jsonl", "gcsfs"),
+        ("{folder}", "is a folder"),
+        ("{folder}/*", "is a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_looked_up_is_the_users_error(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "inner.jsonl").mkdir()
+    with pytest.raises(UserError, match=rf"corpus\.paths: .*{message}"):
+        resolve(Corpus(paths=[path.format(folder=tmp_path)]))
+
+
+def test_a_file_name_that_is_not_utf8_is_refused_and_any_other_is_read(tmp_path: Path) -> None:
+    for name in ("日本 [1].jsonl", "ü.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+        assert resolve(Corpus(paths=[str(tmp_path / name)])) == [str(tmp_path / name)]
+        assert len(read_all(str(tmp_path / name))) == 1
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xff.jsonl")).write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"corpus\.paths: .*not UTF-8"):
+        resolve(Corpus(paths=[str(tmp_path / "*")]))
+
+
+def test_a_file_that_may_not_be_read_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(fsspec, "open", forbidden)
+    with pytest.raises(UserError, match=r"corpus\.paths: .*part\.jsonl may not be read"):
+        survey(str(tmp_path / "part.jsonl"))
 
 
 def test_an_fsspec_url_is_read_as_a_file_is(corpus_tools: SimpleNamespace, tmp_path: Path) -> None:

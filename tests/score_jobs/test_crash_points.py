@@ -13,7 +13,7 @@ import pytest
 from schemas.config import Config
 from schemas.receipt import Layout, read_receipts
 from score_jobs.plan import Plan, plan
-from score_jobs.worker import Job, Worker
+from score_jobs.worker import CANARIES, Job, Worker
 
 # Dies just before or just after the call with that number, of those that make bytes or names durable.
 SCRIPT = """
@@ -168,7 +168,7 @@ def test_law_4_a_document_with_a_loss_that_float16_cannot_hold_costs_itself_alon
 
     def poisoned(windows: list) -> list:
         results = real(windows)
-        if len(results) > 3:  # not the canary's call
+        if len(windows) > CANARIES:  # the canary's own call is of fewer, and is no document
             results[3].loss[1] = float("inf")
         return results
 

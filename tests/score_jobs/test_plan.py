@@ -3,13 +3,21 @@
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import score_jobs.plan
 from schemas.config import Corpus
-from score_jobs.plan import Plan, cut_units, plan
+from schemas.errors import UserError
+from score_jobs.corpus import Surveyed
+from score_jobs.plan import MAX_UNPACKING, Plan, cut_units, plan
+
+
+def surveyed(documents: int, size: int, unpacked: int = 0) -> Surveyed:
+    return Surveyed(input_hash="h", bytes=size, unpacked_bytes=unpacked, documents=documents)
 
 
 def make_plan(folder: Path, fingerprint: dict | None = None, unit_bytes: int = 3000) -> Plan:
@@ -24,7 +32,7 @@ def corpus(tmp_path: Path, corpus_folder: Path) -> Path:
 
 @given(st.integers(0, 400), st.integers(1, 10**9), st.integers(1, 10**6))
 def test_units_cover_every_row_of_a_shard_exactly_once(documents: int, size: int, unit_bytes: int) -> None:
-    units = cut_units("/x/part.jsonl", "h", size, documents, unit_bytes, "s")
+    units = cut_units("/x/part.jsonl", surveyed(documents, size), unit_bytes, "s")
     rows = [row for unit in units for row in range(unit.first, unit.end)]
     assert rows == list(range(documents))
     assert len({unit.name for unit in units}) == len(units)
@@ -71,3 +79,39 @@ def test_law_4_a_broken_shard_is_listed_and_the_others_are_planned(corpus: Path)
     planned = make_plan(corpus)
     assert len(planned.broken) == 1 and shard.name in planned.broken[0]
     assert planned.units == [unit for unit in whole.units if unit.url != str(shard)]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"[" * 100_000, b"\xff", b'{"a": ["1", "h", 3, 4]}'])
+def test_a_damaged_inventory_is_made_anew(corpus: Path, damage: bytes) -> None:
+    whole = make_plan(corpus)
+    inventory = corpus / ".inventory.json"
+    cached = inventory.read_bytes()
+    inventory.write_bytes(damage)
+    assert make_plan(corpus) == whole and inventory.read_bytes() == cached
+    inventory.write_bytes(cached.replace(b'"documents": 24', b'"documents": 25'))  # a digit, still good JSON
+    assert make_plan(corpus) == whole and inventory.read_bytes() == cached
+
+
+def test_a_unit_holds_no_more_than_a_worker_can_whatever_its_bytes_unpack_to() -> None:
+    units = cut_units("/x/part.jsonl.zst", surveyed(10_000, 500, unpacked=100 * MAX_UNPACKING * 1000), 1000, "s")
+    assert len(units) == 100
+    assert max(unit.end - unit.first for unit in cut_units("/x/p.jsonl", surveyed(10**7, 500), 1000, "s")) <= 10**6
+
+
+def test_law_4_a_shard_without_the_text_column_costs_itself_alone(corpus: Path) -> None:
+    whole = make_plan(corpus)
+    for name, table in (("a", {"body": ["x"]}), ("b", {"text": [1]})):
+        pq.write_table(pa.table(table), corpus / f"part-{name}.parquet")
+    for _ in range(2):  # from the shard, then from the inventory
+        planned = make_plan(corpus)
+        assert planned.units == whole.units
+        assert len(planned.broken) == 2
+        assert "part-a.parquet: no column `text`; it has body" in planned.broken[0]
+        assert "part-b.parquet: column `text` is int64, not text" in planned.broken[1]
+
+
+def test_a_text_column_that_no_shard_has_is_the_users_error(tmp_path: Path) -> None:
+    for name in "ab":
+        pq.write_table(pa.table({"body": ["x"], "url": ["u"]}), tmp_path / f"part-{name}.parquet")
+    with pytest.raises(UserError, match=r"corpus\.text: .*no column `text`; it has body, url"):
+        make_plan(tmp_path)

@@ -2,130 +2,20 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from schemas.config import Config
-from schemas.receipt import Layout
 from tests.helpers import edit_sealed
+from tests.score_jobs.conftest import DEADLINE_SECONDS, ROOT, Job, committed, everything, outputs, receipts
 
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_SECONDS = 120
 pytestmark = pytest.mark.timeout(240)
-
-
-class Job:
-    """`tokensift score` as a process group of its own."""
-
-    def __init__(self, config: Path, *settings: str):
-        command = [sys.executable, "-m", "pipeline.cli", "score", "-c", str(config)]
-        for setting in settings:
-            command += ["-s", setting]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        self.family: set[psutil.Process] = set()
-
-    def watch(self) -> list[psutil.Process]:
-        """Living descendants; remembered, so that orphans can be found after the driver is gone."""
-        try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            children = []
-        self.family.update(children)
-        return children
-
-    def until(self, happened: Callable[[], object]) -> None:
-        """Wait for something; fails if the job ends first."""
-        limit = time.monotonic() + DEADLINE_SECONDS
-        while not happened():
-            self.watch()
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < limit, "the job did not get there"
-            time.sleep(0.005)
-
-    def end(self) -> tuple[int, str]:
-        """Exit status and everything printed."""
-        output = self.process.communicate(timeout=DEADLINE_SECONDS)[0]
-        return self.process.returncode, output
-
-    def survivors(self, patience_seconds: float = 30.0) -> list[psutil.Process]:
-        """Remembered descendants that still live after a while."""
-        _, alive = psutil.wait_procs(self.family, timeout=patience_seconds)
-        return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-
-    def destroy(self) -> None:
-        """Leave nothing behind: only processes that this job started."""
-        self.watch()
-        for process in self.family:
-            if process.is_running():
-                process.kill()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Job]]:
-    jobs: list[Job] = []
-
-    def begin(config: Path, *settings: str) -> Job:
-        jobs.append(Job(config, *settings))
-        return jobs[-1]
-
-    yield begin
-    for job in jobs:
-        job.destroy()
-
-
-@pytest.fixture
-def world(tmp_path: Path, corpus_folder: Path, make_config: Callable, write_config: Callable) -> tuple[Config, Path]:
-    """A corpus of its own, a config over it, and that config as a file; two workers, small batches."""
-    corpus = tmp_path / "corpus"
-    shutil.copytree(corpus_folder, corpus)
-    config = make_config(tmp_path, {"corpus.paths": [str(corpus / "part-*")], "score.batch_tokens": 64})
-    config = config.model_copy(update={"score": config.score.model_copy(update={"workers": 2})})
-    return config, write_config(config, tmp_path / "config.yaml")
-
-
-@pytest.fixture(scope="module")
-def whole(
-    tmp_path_factory: pytest.TempPathFactory, make_config: Callable, score_here: Callable, corpus_folder: Path
-) -> dict[str, bytes]:
-    """The bytes of an uninterrupted run over the same corpus bytes and settings."""
-    config = make_config(tmp_path_factory.mktemp("whole"), {"score.batch_tokens": 64})
-    return outputs(score_here(config).score.output)
-
-
-def outputs(root: Path) -> dict[str, bytes]:
-    """Every score shard and quarantine file, hidden ones included."""
-    files = [*(root / "units").iterdir(), *(root / "quarantine").iterdir()]
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
-
-
-def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Inode, modification time and bytes of all that readers see."""
-    files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-
-
-def committed(root: Path) -> dict[str, tuple[int, int]]:
-    """Inode and modification time of each shard that has a receipt."""
-    layout = Layout(root)
-    stats = {path.stem: layout.shard(path.stem).stat() for path in (root / "receipts").glob("[!.]*.json")}
-    return {unit: (stat.st_ino, stat.st_mtime_ns) for unit, stat in stats.items()}
-
-
-def receipts(config: Config) -> list[Path]:
-    return list((config.score.output / "receipts").glob("[!.]*.json"))
 
 
 @pytest.mark.parametrize(("whom", "after"), [("group", 0), ("group", 3), ("driver", 2)])
@@ -223,10 +113,10 @@ def finished(world: tuple[Config, Path], score_here: Callable) -> tuple[Config, 
 def forbid_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     import score_jobs.job
 
-    def refuse(job: object) -> bool:
+    def refuse(*arguments: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(score_jobs.job, "_start_ray", refuse)
+    monkeypatch.setattr(score_jobs.job, "_score_units", refuse)
 
 
 def test_law_2_a_finished_dataset_is_not_touched_and_starts_no_ray(
@@ -309,14 +199,14 @@ def test_law_4_a_unit_whose_worker_always_dies_is_given_up_and_the_rest_finishes
     script = tmp_path / "deadly.py"
     script.write_text(
         "import os, sys\n"
-        "import score_jobs.job as job\n"
+        "import score_jobs.pool as pool\n"
         "from pipeline import cli\n"
-        "class Deadly(job._Actor):\n"
+        "class Deadly(pool.Actor):\n"
         "    def score(self, unit):\n"
         "        if unit.name.startswith('part-0'):\n"
         "            os._exit(9)\n"
         "        return super().score(unit)\n"
-        "job._Actor = Deadly\n"
+        "pool.Actor = Deadly\n"
         "cli.main()\n"
     )
     command = [sys.executable, str(script), "score", "-c", str(path), "-s", "score.attempts=2"]

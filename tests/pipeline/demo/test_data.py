@@ -83,6 +83,41 @@ def test_no_heldout_text_in_training_text(made: tuple[Path, dict]) -> None:
         assert len(asked & known) < 0.5 * len(asked) or row["id"].startswith("P_")
 
 
+def thirteen_words(text: str) -> set[tuple[str, ...]]:
+    """Every run of 13 words, or all words of a shorter text."""
+    words = text.casefold().split()
+    return {tuple(words[i : i + 13]) for i in range(max(1, len(words) - 12))}
+
+
+def shared_runs(folder: Path, made: dict) -> list[str]:
+    """Held-out items of which 13 words in a row, or the whole of a shorter prompt, stand in training text."""
+    rows = rows_below((folder, made), "corpus", "base", "reference")
+    known = {run for row in rows for run in thirteen_words(row["text"])}
+    flat = " ".join(" ".join(row["text"].casefold().split()) for row in rows)
+    found = []
+    for row in rows_below((folder, made), "heldout"):
+        prompt = " ".join(row["prompt"].casefold().split())
+        if thirteen_words(row["prompt"] + row.get("text", "")) & known or prompt in flat:
+            found.append(row["id"])
+    return found
+
+
+def test_no_13_words_of_a_heldout_item_stand_in_training_text(made: tuple[Path, dict]) -> None:
+    assert shared_runs(*made) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_13_words_of_a_heldout_item_stand_in_training_text_at_full_scale(tmp_path: Path, seed: int) -> None:
+    made = build(tmp_path / "data", seed=seed)
+    assert shared_runs(tmp_path / "data", made) == []
+    held = rows_below((tmp_path / "data", made), "heldout")
+    assert (
+        len(held) == 200
+        and sum("Problem:" in row["text"] for row in rows_below((tmp_path / "data", made), "corpus")) > 300
+    )
+
+
 def test_phrases_would_catch_a_leaked_template(made: tuple[Path, dict]) -> None:
     sources = Sources(3)
     known = phrases("\n".join(row["text"] for row in rows_below(made, "reference")))
@@ -119,6 +154,6 @@ def test_intact_data_is_kept_and_damaged_data_is_rebuilt(tmp_path: Path) -> None
 
 def test_a_folder_of_other_things_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="empty folder"):
+    with pytest.raises(UserError, match=r"did not make.*empty folder"):
         build(tmp_path, seed=3, scale=SCALE)
     assert (tmp_path / "thesis.tex").read_text() == "mine"

@@ -1,0 +1,284 @@
+"""The pool: Ray actors score units until every receipt exists. The only module that imports Ray.
+
+Workers write results straight to the output folder and return receipts alone, so that a lost node costs at
+most the units it had in flight, and nothing is spilled or reconstructed. Whatever of Ray dies, the job goes on where it
+can; where it cannot, it ends with one message.
+"""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from schemas.config import Score
+from schemas.errors import Stranded, UserError, first_line
+from schemas.receipt import Canary, Receipt
+from score_jobs.corpus import ShardError
+from score_jobs.keeper import Keeper
+from score_jobs.plan import Unit
+from score_jobs.worker import Job, Worker
+
+# Mean differences over some 60 tokens. On one machine the drift is exactly 0, since the check repeats the very call;
+# between kinds of GPU bfloat16 rounds otherwise by some hundredths. Another kernel or model is off by far more.
+CANARY_TOLERANCE_NATS = {"float32": 0.001, "bfloat16": 0.03}
+POLL_SECONDS = 0.5
+SLOW_START_SECONDS = 20.0
+START_SECONDS = 1800.0  # for a node to come free and a model to load
+LEAST_UNIT_SECONDS, UNIT_SECONDS_UNKNOWN, SLOWER = 120.0, 3600.0, 20.0
+CONNECT_SECONDS = 20.0
+SILENCE_SECONDS = 30.0  # without a word from the cluster; Ray itself aborts the driver after 60
+GO_ON = "what is scored stays: run `make score` again, it does the rest"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What an actor is doing: scoring `unit`, or getting ready (None), since `started` (monotonic seconds)."""
+
+    actor: Any
+    unit: Unit | None
+    started: float
+
+
+class Pool:
+    """Keeps `score.workers` actors busy; a dead or hanging one is replaced and its unit goes back to the queue."""
+
+    def __init__(self, job: Job, units: list[Unit], canaries: list[Canary]):
+        """`canaries`: tokens and losses that each actor must reproduce before it scores; empty for a new dataset."""
+        self.job, self.canaries = job, canaries
+        self.queue = deque(units)
+        self.failures: Counter[str] = Counter()
+        self.calls: dict[ray.ObjectRef[Any], Call] = {}
+        self.slowest = 0.0  # seconds a byte of input
+        self.missing: list[str] = []
+        self.stop = threading.Event()
+        self.note = "start workers"
+
+    def run(self, finished: Callable[[Unit, Receipt], None], waited: Callable[[str], None]) -> list[str]:
+        """Run the queue dry; returns what could not be scored, one line each.
+
+        `finished` gets each receipt, `waited` a word on what goes on, at least every second. Raises UserError if the
+        cluster cannot be reached or goes away, has no node that is large enough, or a canary drifted.
+        """
+        waited(self.note)
+        cluster = _start(self.job.score)
+        with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+            # Ray's own handler would print its stack; a preempted job ends as an interrupted one does.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Calls into a cluster that dies can block for good, so they are made where nobody waits for them.
+        driver = ThreadPoolExecutor(1)
+        try:
+            ended = driver.submit(self._drive, finished, waited)
+            while not wait([ended], POLL_SECONDS).done:
+                cluster.check()
+            return ended.result()
+        finally:
+            self.stop.set()
+            driver.shutdown(wait=False)
+            cluster.close()
+
+    def _drive(self, finished: Callable[[Unit, Receipt], None], waited: Callable[[str], None]) -> list[str]:
+        _refuse_what_no_node_has(self.job.score)
+        for _ in range(min(self.job.score.workers, len(self.queue))):
+            self._start_actor()
+        while self.calls and not self.stop.is_set():
+            ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=POLL_SECONDS)
+            for reference in ready:
+                self._settle(reference, self.calls.pop(reference), finished)
+            self._end_what_hangs()
+            starting = [call.started for call in self.calls.values() if call.unit is None]
+            slow = starting and time.monotonic() - min(starting) > SLOW_START_SECONDS
+            waited(self._wants if slow and len(starting) == len(self.calls) else self.note)
+        return self.missing
+
+    @property
+    def _wants(self) -> str:
+        score = self.job.score
+        return f"waiting for {score.cpus_per_worker} CPUs and {score.gpus_per_worker:g} GPUs to come free, or a model to load"
+
+    def _start_actor(self) -> None:
+        score = self.job.score
+        options: dict[str, Any] = {
+            "num_cpus": score.cpus_per_worker,
+            "num_gpus": score.gpus_per_worker,
+            "max_restarts": 0,
+            # Ray would otherwise give the driver's virtual environment no say over threads on other nodes.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(score.cpus_per_worker)}},
+        }
+        actor: Any = ray.remote(Actor).options(**options).remote(self.job)
+        self.calls[actor.get_ready.remote(self.canaries)] = Call(actor=actor, unit=None, started=time.monotonic())
+
+    def _settle(self, reference: Any, call: Call, finished: Callable[[Unit, Receipt], None]) -> None:
+        """Take what a call gave, and give its actor the next unit."""
+        try:
+            result: Any = ray.get(reference)
+        except RayTaskError as error:
+            cause: Any = error.cause
+            if isinstance(cause, UserError):
+                raise cause from None
+            if call.unit and isinstance(cause, ShardError):
+                self.missing.append(f"{call.unit.name}: {cause}")
+            else:  # an engine that failed once may be poisoned: the next attempt gets a fresh process
+                return self._replace(call, f"{type(cause).__name__}: {first_line(cause)}")
+        except RayError as error:
+            return self._replace(call, first_line(error))
+        else:
+            if call.unit is None:
+                self._check_drift(result)
+                self.note = "score"
+            else:
+                rate = (time.monotonic() - call.started) / max(1, call.unit.input_bytes)
+                self.slowest = max(self.slowest, rate)
+                finished(call.unit, result)
+        if self.queue:
+            unit = self.queue.popleft()
+            self.calls[call.actor.score.remote(unit)] = Call(actor=call.actor, unit=unit, started=time.monotonic())
+        else:
+            ray.kill(call.actor)
+
+    def _replace(self, call: Call, reason: str) -> None:
+        """Another actor for one that failed; its unit is tried again until `score.attempts` are used up."""
+        with suppress(RayError):
+            ray.kill(call.actor)
+        name = call.unit.name if call.unit else "a worker's start"
+        self.failures[name] += 1
+        if self.failures[name] < self.job.score.attempts:
+            self.queue.extend([call.unit] if call.unit else [])
+            self.note = f"again after {reason[:80]}"
+        elif call.unit:
+            self.missing.append(f"{name}: given up after {self.failures[name]} attempts: {reason}")
+        else:
+            raise UserError(f"workers do not start ({reason}; {self.failures[name]} attempts)", GO_ON)
+        if self.queue or self.calls:
+            self._start_actor()
+
+    def _end_what_hangs(self) -> None:
+        """Replace actors whose call has taken longer than it may."""
+        for reference, call in list(self.calls.items()):
+            limit = START_SECONDS if call.unit is None else self._unit_seconds(call.unit)
+            if time.monotonic() - call.started > limit:
+                del self.calls[reference]
+                self._replace(call, f"no answer for {limit:,.0f} s (score.unit_timeout_seconds)")
+
+    def _unit_seconds(self, unit: Unit) -> float:
+        """How long a unit may take: what the config says, else far longer than the slowest so far would."""
+        if self.job.score.unit_timeout_seconds is not None:
+            return self.job.score.unit_timeout_seconds
+        return (
+            max(LEAST_UNIT_SECONDS, SLOWER * self.slowest * unit.input_bytes) if self.slowest else UNIT_SECONDS_UNKNOWN
+        )
+
+    def _check_drift(self, drift: float) -> None:
+        """Before adding to old scores, see that the worker still gives them (wrong weights, another kernel)."""
+        tolerance = CANARY_TOLERANCE_NATS[self.job.score.dtype]
+        if not drift <= tolerance:
+            raise UserError(
+                f"{self.job.score.output}: stored losses are {drift:.3g} nats off from what this machine computes, on the"
+                f" mean of the canary tokens (tolerance {tolerance})",
+                "restore the machine's setup or give a new score.output",
+            )
+
+
+class Actor:
+    """A worker process. The model is loaded in a call, so that its errors reach the driver as they are."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.worker: Worker | None = None
+
+    def get_ready(self, canaries: list[Canary]) -> float:
+        """Load the model; the drift of the canaries, nats."""
+        self.worker = Worker(self.job)
+        return self.worker.canary_drift(canaries)
+
+    def score(self, unit: Unit) -> Receipt:
+        """Score one unit; see `Worker.score`."""
+        assert self.worker is not None
+        return self.worker.score(unit)
+
+
+class Cluster:
+    """The Ray we run on: joined or our own, watched for its end."""
+
+    def __init__(self, keeper: Keeper | None, ours: bool):
+        """`keeper` holds the processes of a Ray that we started; `ours` says whether to leave it at the end."""
+        self.keeper, self.ours = keeper, ours
+        self.heard = time.monotonic()
+        self.stop = threading.Event()
+        if keeper is None:  # its processes cannot be seen from here, so it is asked
+            threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while not self.stop.wait(2.0):
+            with suppress(Exception):  # whatever goes wrong, silence is what counts
+                if any(node["Alive"] for node in ray.nodes()):
+                    self.heard = time.monotonic()
+
+    def check(self) -> None:
+        """Raise UserError if the cluster is gone."""
+        if self.keeper is not None and (dead := self.keeper.missing()):
+            raise Stranded(f"Ray's {dead} died", GO_ON)
+        if self.keeper is None and (silent := time.monotonic() - self.heard) > SILENCE_SECONDS:
+            raise Stranded(
+                f"score.address: no word from the Ray cluster for {silent:.0f} s", f"start it again; {GO_ON}"
+            )
+
+    def close(self) -> None:
+        """Leave the cluster, unless it is gone; nothing of one that we started stays."""
+        self.stop.set()
+        lost = self.keeper.missing() if self.keeper else time.monotonic() - self.heard > SILENCE_SECONDS
+        if self.ours and not lost:
+            ray.shutdown()
+        if self.keeper:
+            self.keeper.close()
+
+
+def _start(score: Score) -> Cluster:
+    """Join the cluster, or start a local one of just the size needed, on the loopback interface alone."""
+    if ray.is_initialized():
+        return Cluster(None, ours=False)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = score.address is None
+    size: dict[str, Any] = {}
+    if local:
+        size = {"num_cpus": score.workers * score.cpus_per_worker, "include_dashboard": False}
+        size |= {} if score.gpus_per_worker else {"num_gpus": 0}
+    start = time.monotonic()
+    try:
+        if ":" in (place := (score.address or "").removeprefix("ray://")):  # Ray itself would try for minutes
+            host, port = place.rsplit(":", 1)
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(
+            address="local" if local else score.address, log_to_driver=False, logging_level=logging.CRITICAL, **size
+        )
+    except (OSError, RuntimeError, ValueError, OverflowError, RayError) as error:
+        waited = time.monotonic() - start
+        raise UserError(
+            f"score.address: `{score.address}`: no Ray cluster after {waited:.0f} s ({first_line(error)})",
+            "start one with `ray start --head`, or set score.address: null for a local one",
+        ) from error
+    return Cluster(Keeper(("gcs_server", "raylet")) if local else None, ours=True)
+
+
+def _refuse_what_no_node_has(score: Score) -> None:
+    """Raise UserError if no node is large enough for a worker, which would be waited for without end."""
+    asked = {"CPU": float(score.cpus_per_worker), "GPU": float(score.gpus_per_worker)}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if nodes and not any(all(node.get(kind, 0.0) >= count for kind, count in asked.items()) for node in nodes):
+        largest = max(nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)))
+        has = f"{largest.get('CPU', 0):g} CPUs and {largest.get('GPU', 0):g} GPUs"
+        raise UserError(
+            f"score.cpus_per_worker, score.gpus_per_worker: a worker needs {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs,"
+            f" the largest node has {has}",
+            "ask for less, or add a node",
+        )

@@ -1,0 +1,83 @@
+"""`make mutants PATH=schemas/seal.py`: does a test fail for every small mistake that could be made in a module?
+
+Runs mutmut in a copy of the tree on one module, or on each of a folder, against the tests that mirror it:
+`trainer/head.py` against `tests/trainer/test_head.py`. Prints how many mutants were killed and the difference of each
+that survived. mutmut leaves constants of a module and functions under a decorator as they are.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY = ROOT / "build" / "mutants"
+PACKAGES = ("schemas", "score_jobs", "trainer", "pipeline")
+ALSO = ("tests", "configs", "docs", "README.md", "pyproject.toml")
+CONFIG = """[mutmut]
+source_paths=
+  {package}
+only_mutate=
+  {module}
+also_copy=
+  {others}
+pytest_add_cli_args=
+  -p
+  no:cacheprovider
+  --hypothesis-seed=0
+pytest_add_cli_args_test_selection=
+  {tests}
+use_git_change_detection=false
+"""
+
+
+def main() -> None:
+    """Mutate the modules that the arguments name."""
+    # As make's own variable PATH takes the place of the environment's.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.defpath}"
+    for name in sys.argv[1:]:
+        path = ROOT / name
+        for module in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            if module.name != "__init__.py":
+                mutate(module.relative_to(ROOT))
+
+
+def mutate(module: Path) -> None:
+    """Run the mutants of one module and print what became of them."""
+    tests = ROOT / "tests" / module.parent / f"test_{module.name}"
+    if not tests.exists():
+        print(f"{module}: no {tests.relative_to(ROOT)}")
+        return
+    shutil.rmtree(COPY, ignore_errors=True)
+    COPY.mkdir(parents=True)
+    for name in (*PACKAGES, *ALSO):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, COPY / name)
+    others = [name for name in (*PACKAGES, *ALSO) if name != module.parts[0]]
+    text = CONFIG.format(
+        package=module.parts[0], module=module, others="\n  ".join(others), tests=tests.relative_to(ROOT)
+    )
+    (COPY / "setup.cfg").write_text(text)
+    run = mutmut("run", "--max-children", "1")
+    lines = [line.strip().rpartition(": ") for line in mutmut("results", "--all", "true").splitlines() if ": " in line]
+    counts = Counter(status for _, _, status in lines)
+    if not counts:
+        sys.exit(f"{module}: nothing ran\n{run[-3000:]}")
+    for name, _, status in lines:
+        if status not in ("killed", "timeout"):
+            print(f"--- {status}: {name}\n{mutmut('show', name).strip()}\n")
+    killed = counts["killed"] + counts["timeout"]
+    print(f"{module}: {killed} of {counts.total()} mutants killed ({killed / counts.total():.0%}), {dict(counts)}")
+
+
+def mutmut(*arguments: str) -> str:
+    """What mutmut says to a command."""
+    return subprocess.run(
+        ["nice", sys.executable, "-m", "mutmut", *arguments], cwd=COPY, capture_output=True, text=True, check=False
+    ).stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Loading is exact, and whatever is wrong with a model's folder is one error that names the field and the folder."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from schemas.errors import UserError
+from schemas.models import check_vocabulary, local_model, open_model, open_tokenizer
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda weights: weights.pop(NORM), "1 missing"),
+        (lambda weights: weights.update(stray=torch.ones(3)), "1 unexpected"),
+        (lambda weights: weights.update({NORM: torch.ones(7)}), "of another shape|cannot be loaded"),
+        (lambda weights: weights[NORM].fill_(float("nan")), "not finite"),
+    ],
+    ids=["missing", "unexpected", "mismatched", "nan"],
+)
+def test_a_weight_that_is_missing_unexpected_mismatched_or_nan_is_an_error(
+    folder: Path, change: Any, word: str
+) -> None:
+    rewrite(folder, change)
+    with pytest.raises(UserError, match=word) as caught:
+        open_model(folder, "score.model", 64)
+    assert "score.model" in caught.value.problem and str(folder) in caught.value.problem and caught.value.fix
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def garbage_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def unknown_architecture(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="no-such-model", architectures=["NoSuch"])
+
+
+def own_code(folder: Path) -> None:
+    edit_json(
+        folder / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
+    )
+    (folder / "mine.py").write_text("raise SystemExit('this code must never run')")
+
+
+def truncated_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def pickled_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil", [no_config, garbage_config, unknown_architecture, own_code, truncated_weights, pickled_weights]
+)
+def test_a_folder_that_is_no_whole_model_is_one_error(folder: Path, spoil: Any) -> None:
+    spoil(folder)
+    with pytest.raises(UserError) as caught:
+        open_model(folder, "base", 64)
+    assert caught.value.problem.startswith("base: ") and str(folder) in caught.value.problem and caught.value.fix
+
+
+def test_a_window_beyond_the_models_positions_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"context\.window: 513 is more than the 512 positions"):
+        open_model(folder, "base", 513)
+
+
+def test_a_tokenizer_that_is_garbage_or_too_large_for_the_model_is_an_error(folder: Path) -> None:
+    check_vocabulary(folder, open_tokenizer(folder, "base"), "base")
+    edit_json(folder / "config.json", vocab_size=500)
+    with pytest.raises(UserError, match=r"base: .* knows 500 tokens, its tokenizer makes 512"):
+        check_vocabulary(folder, open_tokenizer(folder, "base"), "base")
+    (folder / "tokenizer.json").write_text("[1, 2")
+    with pytest.raises(UserError, match=r"base: .* has no usable tokenizer"):
+        open_tokenizer(folder, "base")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c", ""])
+def test_a_name_that_is_no_folder_and_no_repository_is_an_error(name: str) -> None:
+    with pytest.raises(UserError, match=r"score\.model: `.*`: no such folder"):
+        local_model(name, "score.model")
+
+
+def test_a_repository_that_cannot_be_fetched_is_an_error() -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(UserError, match="neither a local folder nor to be had from the hub"):
+        local_model("nobody/nothing", "score.model")
+
+
+def test_damaged_folders_open_or_are_one_error(tiny_model: Path, tmp_path: Path) -> None:
+    """Flips and cuts at random places of every file; weights whose bytes changed may open, for hashes are what binds them."""
+    rng = random.Random(0)
+    for trial in range(120):
+        folder = tmp_path / str(trial)
+        shutil.copytree(tiny_model, folder)
+        path = rng.choice(sorted(folder.iterdir()))
+        data = bytearray(path.read_bytes())
+        where = rng.randrange(min(len(data), 4000))
+        if rng.random() < 0.3:
+            data = data[:where]
+        else:
+            data[where] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            open_model(folder, "base", 32)
+            check_vocabulary(folder, open_tokenizer(folder, "base"), "base")
+        except UserError as error:
+            assert str(folder) in str(error) and "base" in str(error)
+        shutil.rmtree(folder)

@@ -121,7 +121,7 @@ class MemoryWindows:
         """The windows of one group."""
         start = group * self.group
         return [
-            Window(f"#{start + i}", 0, tokens, None)
+            Window(doc_id=f"#{start + i}", index=0, tokens=tokens, ref_loss=None)
             for i, tokens in enumerate(self.windows[start : start + self.group])
         ]
 
@@ -136,7 +136,11 @@ class Placed:
 
 
 def ordered(source: Source, seed: int, shuffle_groups: int, position: int) -> Iterator[Placed]:
-    """Windows from `position` on, without end: epoch after epoch, each in its own order."""
+    """Windows from `position` on, without end: epoch after epoch, each in its own order.
+
+    Example, groups of 3, 2 and 4 windows, shuffle_groups 2: the permutation 2 0 1 makes the blocks {5 6 7 8, 0 1 2} and
+    {3 4}; each is shuffled in itself, so position 7 opens the second block and reads group 1 alone.
+    """
     total = int(source.group_sizes.sum())
     if total == 0:
         raise UserError("the dataset holds no windows", "look at it with `tokensift inspect`")

@@ -82,7 +82,12 @@ def _train(run: Run, final: Path) -> Path:
         log.write("model", state.step, {"isolation": live.opened.isolation, "linear_head": live.opened.linear})
     if state.step == 0:
         evaluate(run, live, log, state)
-    order = Order(run.source, run.config.seed, run.config.shuffle_groups, run.selection.columns)
+    order = Order(
+        source=run.source,
+        seed=run.config.seed,
+        shuffle_groups=run.config.shuffle_groups,
+        columns=run.selection.columns,
+    )
     with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop:
         state = loop(run, live, optimizer, stream, geometry, state, log, stop)
     if not run.config.evaluate_every or state.step % run.config.evaluate_every:
@@ -202,7 +207,9 @@ def geometry_of(run: Run, alone: bool = False) -> Geometry:
         )
     own = rows // ranks.world
     micro_rows = next(size for size in range(min(config.micro_rows, own), 0, -1) if own % size == 0)
-    return Geometry(rows, row_tokens, micro_rows, ranks.rank, ranks.world, alone)
+    return Geometry(
+        rows=rows, row_tokens=row_tokens, micro_rows=micro_rows, rank=ranks.rank, world=ranks.world, alone=alone
+    )
 
 
 def origin_of(run: Run) -> dict[str, Any]:

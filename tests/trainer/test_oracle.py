@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import trainer.loop
 from schemas.batch import collate
 from schemas.models import open_model
 from tests.trainer.conftest import read_rows
@@ -163,3 +164,20 @@ def test_a_bfloat16_run_computes_in_bfloat16_and_keeps_float32_weights(bases, na
     assert rounding > 1e-3
     assert (found - wanted["bfloat16"]).abs().mean() < rounding / 3
     assert {parameter.dtype for parameter in opened.module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_a_run_computes_in_the_dtype_that_its_config_names(scores, bases, tmp_path, monkeypatch, asked, dtype):
+    real, seen = trainer.loop.open_model, set()
+
+    def watched(*arguments, **options):
+        opened = real(*arguments, **options)
+        for module in opened.module.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+        return opened
+
+    monkeypatch.setattr(trainer.loop, "open_model", watched)
+    settings = settings_of(scores, tmp_path, {"objective": "slm", "dtype": asked, "epochs": 0.05})
+    run_job(scores, settings, bases["llama-tied"], Ranks(0, 1, torch.device("cpu")))
+    assert seen == {dtype}

@@ -11,7 +11,7 @@ import signal
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,29 @@ FITTING: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "zaya": {"num_experts_per_tok": 1},
 }
+# Settings of a family that decide how its windows may be kept apart, walked beside its defaults.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{
+        f"{family} as decoder": {"is_decoder": True}
+        for family in ("bert", "big_bird", "electra", "rembert", "roberta", "roformer", "xlm-roberta")
+    },
+    "falcon with ALiBi": {"alibi": True},
+    "gemma3_text seeing both ways": {"use_bidirectional_attention": True},
+    "llama with dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    "phi3 with longrope beyond 5": {
+        "original_max_position_embeddings": 5,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 5,
+        },
+    },
+    "qwen2 with a sliding window": {"use_sliding_window": True, "max_window_layers": 0},
+    "xlm as decoder": {"causal": True},
+}
+WALK = (*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *VARIANTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +116,9 @@ class Verdict:
     why: str = ""
 
 
-def tiny_config(family: str) -> Any:
-    """The family's own config, made small. Raises whatever the family raises if it cannot be."""
+def tiny_config(name: str) -> Any:
+    """A family's own config, or a variant's, made small. Raises whatever the family raises if it cannot be."""
+    family = name.split()[0]
     kind: Any = CONFIG_MAPPING[family]
     default = kind().to_dict()
     sizes = {name: size for size, names in SIZES for name in names} | SPECIAL
@@ -122,7 +146,7 @@ def tiny_config(family: str) -> Any:
             small[name] = (kinds * LAYERS)[:LAYERS]
     if "qk_rope_head_dim" in small and "head_dim" in small:
         small["head_dim"] = small["qk_rope_head_dim"]
-    return kind(**small | FITTING.get(family, {}))
+    return kind(**small | FITTING.get(family, {}) | VARIANTS.get(name, {}))
 
 
 def build(family: str, folder: Path) -> str:
@@ -184,7 +208,7 @@ def judge(family: str, folder: Path) -> Verdict:
             if not all(np.isfinite(losses).all() for losses in truth):
                 raise ValueError("its own plain forward gives losses that are not finite")
     except Exception as error:  # foreign code of two hundred families
-        return Verdict(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family], "not built", why=brief(error))
+        return Verdict(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.split()[0]], "not built", why=brief(error))
     try:
         with time_limit(SECONDS):
             opened = open_model(folder, "score.model", WINDOW)
@@ -220,7 +244,7 @@ def brief(error: BaseException) -> str:
     return text if len(text) < 160 else f"{text[:157]}..."
 
 
-def walk(families: list[str]) -> Generator[Verdict]:
+def walk(families: Sequence[str]) -> Generator[Verdict]:
     """A verdict for each."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -269,7 +293,7 @@ def main(
 ) -> None:
     """Walk and print."""
     console, verdicts = Console(soft_wrap=True, highlight=False), []
-    for verdict in walk(families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
+    for verdict in walk(families or WALK):
         verdicts.append(verdict)
         console.print(f"{verdict.family:32} {verdict.way:10} {verdict.nats:.1e} {verdict.why}", markup=False)
     console.print(str(Counter(verdict.way for verdict in verdicts)))

@@ -2,17 +2,21 @@
 
 A few windows of random tokens are scored alone by the model's own plain forward; that is the truth. Then:
 
-1. causal: a later token changes no earlier loss;
+1. causal: no prediction changes with the token it predicts or a later one;
 2. packed: the same windows in shared rows give the same losses;
 3. alone: if 2 fails, the same in rows of one window each, of unequal lengths;
 4. isolated: in the very dtype that will run, other neighbours change no loss of a window.
+
+The windows' lengths halve from the longest down, so that wherever a model behaves otherwise beyond some length (a rotary
+embedding for long contexts, a chunk, a sliding window), windows of both kinds share a batch.
 
 1 to 3 are held in float32, where rounding cannot hide a leak: weights of another dtype are widened for the moment it
 takes, which is exact, and narrowed again. 4 compares two runs of one shape, so rounding cancels. It takes milliseconds
 on a GPU and about a second on a CPU.
 """
 
-from collections.abc import Generator, Sequence
+import re
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +35,9 @@ TOLERANCE_NATS = 1e-3  # float32 rounding makes 3e-5 over 88 families, and 3e-5 
 ROUGH_NATS = 1.0  # where there is no memory for float32 weights: bfloat16 rounding makes up to 0.4 at 135M parameters
 NOISE_FACTOR = 4.0  # some GPU kernels add in any order: what two equal runs differ by is allowed so many times over
 ISOLATIONS: tuple[Isolation, ...] = ("packed", "alone")
+# Config fields that name a length at which a model changes its ways, and such that only sound alike.
+LENGTH_FIELDS = re.compile("window|chunk|position|block|local_attention|index_topk|compress|context|seq_len")
+COUNT_FIELDS = re.compile("layers|pattern")
 # What foreign model code raises when it is given a batch it was not written for.
 FOREIGN = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
 
@@ -52,7 +59,7 @@ def prove(module: Any, compute: torch.dtype, window: int, name: str) -> Opened:
             truth = [_plain(exact.opened, ids) for ids in windows]
             if not all(np.isfinite(losses).all() for losses in truth):
                 raise Refused("gives losses that are not finite: its weights are damaged")
-            _check_causal(exact.opened, windows[1], truth[1], exact.tolerance)
+            _check_causal(exact.opened, windows[0], truth[0], exact.tolerance)
         apart: list[str] = []
         for isolation in ISOLATIONS:
             opened = replace(opened, isolation=isolation)
@@ -68,19 +75,24 @@ def prove(module: Any, compute: torch.dtype, window: int, name: str) -> Opened:
 
 def probe_length(config: Any, window: int) -> int:
     """Tokens of the longest probe window: all of `window` where the config names a length that windows can exceed."""
-    names = ("window", "chunk", "position", "block")
-    limits = (
-        value
-        for key, value in _flat(config.to_dict())
-        if isinstance(value, int) and not isinstance(value, bool) and any(name in key for name in names)
-    )
+    limits = (value for key, value in _integers("", config.to_dict()) if _is_length(key))
     return window if any(1 < limit < window for limit in limits) else min(window, PROBE_TOKENS)
 
 
-def _flat(values: Any) -> list[tuple[str, Any]]:
-    if not isinstance(values, dict):
-        return []
-    return [pair for key, value in values.items() for pair in ((str(key), value), *_flat(value))]
+def _is_length(field: str) -> bool:
+    return LENGTH_FIELDS.search(field) is not None and COUNT_FIELDS.search(field) is None
+
+
+def _integers(field: str, value: Any) -> Iterator[tuple[str, int]]:
+    """Every integer of a nested config with the innermost name above it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _integers(str(name), inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _integers(field, inner)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield field, value
 
 
 def _vocabulary(module: Any) -> int:
@@ -90,8 +102,9 @@ def _vocabulary(module: Any) -> int:
 
 
 def _lengths(longest: int) -> list[int]:
-    """One window that fills a row, and three that share one of as many tokens."""
-    return [longest, max(4, longest // 2), max(2, longest // 8), max(2, longest // 4)]
+    """One window that fills a row, and its halves down to 2, two at least, that share another; the longest is last."""
+    halves = [longest >> times for times in range(1, longest.bit_length() - 1)]
+    return [longest, *[2] * (2 - len(halves)), *reversed(halves)]
 
 
 def _windows(vocabulary: int, lengths: list[int]) -> list[np.ndarray]:
@@ -135,19 +148,23 @@ def _widened(opened: Opened) -> Generator[Exact]:
 
 
 def _check_causal(opened: Opened, window: np.ndarray, truth: np.ndarray, tolerance: float) -> None:
-    half = len(window) // 2
-    changed = _plain(opened, np.concatenate([window[:half], _other(opened, window[half:])]))
-    worst = _distance([changed[: half - 1]], [truth[: half - 1]])
-    if worst > tolerance:
-        raise Refused(f"is not causal: losses change with later tokens, by {worst:.2g} nats")
+    """Change the second half, then the last token alone: a model may see ahead within blocks that end at the half."""
+    for cut in {len(window) // 2, len(window) - 1}:
+        changed = np.concatenate([window[:cut], _other(opened, window[cut:])])
+        worst = _distance([_plain(opened, changed, window)[:cut]], [truth[:cut]])
+        if worst > tolerance:
+            raise Refused(f"is not causal: losses change with later tokens, by {worst:.2g} nats")
 
 
 def _isolated(opened: Opened, windows: list[np.ndarray]) -> bool:
     """Whether the last window's losses stay when all its neighbours change, in the dtype that will run."""
-    neighbours = [_other(opened, ids) for ids in windows[:-1]]
-    one, again, other = (_losses(opened, given) for given in (windows, windows, [*neighbours, windows[-1]]))
-    noise = _distance(one and one[-1:], again and again[-1:])
-    return _distance(one and one[-1:], other and other[-1:]) <= TOLERANCE_NATS + NOISE_FACTOR * noise
+    others = [*(_other(opened, ids) for ids in windows[:-1]), windows[-1]]
+    one, other = _losses(opened, windows), _losses(opened, others)
+    distance = _distance(one and one[-1:], other and other[-1:])
+    if distance <= TOLERANCE_NATS:
+        return True
+    again = _losses(opened, windows)
+    return distance <= TOLERANCE_NATS + NOISE_FACTOR * _distance(one and one[-1:], again and again[-1:])
 
 
 def _other(opened: Opened, tokens: np.ndarray) -> np.ndarray:
@@ -155,13 +172,17 @@ def _other(opened: Opened, tokens: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def _plain(opened: Opened, window: np.ndarray) -> np.ndarray:
-    """The truth: the model's own forward of one window and PyTorch's own cross-entropy. float32 [length - 1]."""
+def _plain(opened: Opened, window: np.ndarray, predicted: np.ndarray | None = None) -> np.ndarray:
+    """The truth: the model's own forward of one window and PyTorch's own cross-entropy. float32 [length - 1].
+
+    The losses are those of the window's tokens, or of `predicted` [length] in their place.
+    """
     ids = torch.from_numpy(window).to(opened.module.device)
+    targets = ids if predicted is None else torch.from_numpy(predicted).to(ids.device)
     try:
         with casting(opened):
             logits = opened.module(input_ids=ids[None], use_cache=False).logits
-        return cross_entropy(logits[0, :-1].float(), ids[1:], reduction="none").cpu().numpy()
+        return cross_entropy(logits[0, :-1].float(), targets[1:], reduction="none").cpu().numpy()
     except FOREIGN as error:
         raise Refused(f"cannot be run: {first_line(error)}") from error
 

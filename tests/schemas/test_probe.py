@@ -61,13 +61,28 @@ def everything(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return torch.ones(*positions.shape, len(columns))
 
 
+def in_blocks(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Blocks of 16 that see the whole of themselves: no half of a power of two sees the other."""
+    return causal(columns, positions) | (columns[:, None] // 16 == columns[None, :] // 16)
+
+
+def one_ahead(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Each token sees what it predicts, and no more: losses of unchanged tokens cannot tell."""
+    return (columns[:, None] + 1 >= columns[None, :]).expand(*positions.shape, len(columns))
+
+
+def by_longest(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Windows are kept apart, but one of more than 5 tokens changes the weights of all its batch, as longrope does."""
+    return by_window(columns, positions) * (1.0 + (columns % 2) * (positions.max() >= 5))
+
+
 def other_rows(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Causal, but a row shorter than its batch is told apart from one alone: what leaks is the batch's width."""
     return causal(columns, positions) * (1.0 + len(columns) * (columns % 2))
 
 
-def open_toy(sees: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return prove(Toy(sees, **options).to(dtype).eval(), dtype, 32, "base: toy")
+def open_toy(sees: Any, dtype: torch.dtype = torch.float32, window: int = 32, **options: Any) -> Any:
+    return prove(Toy(sees, **options).to(dtype).eval(), dtype, window, "base: toy")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,14 +102,22 @@ def test_a_model_that_reads_no_windows_off_positions_gets_a_row_a_window(options
     torch.testing.assert_close(together[1, :3], apart[1])
 
 
-def test_a_model_that_sees_later_tokens_is_refused() -> None:
+@pytest.mark.parametrize("sees", [everything, in_blocks, one_ahead])
+def test_a_model_that_sees_later_tokens_is_refused(sees: Any) -> None:
     with pytest.raises(UserError, match=r"base: toy \(Toy\) is not causal"):
-        open_toy(everything)
+        open_toy(sees, window=64)
 
 
-def test_a_model_whose_losses_depend_on_the_batch_is_refused() -> None:
+@pytest.mark.parametrize("sees", [other_rows, by_longest])
+def test_a_model_whose_losses_depend_on_the_batch_is_refused(sees: Any) -> None:
     with pytest.raises(UserError, match="what else is in the batch"):
-        open_toy(other_rows)
+        open_toy(sees, window=64)
+
+
+@pytest.mark.parametrize("window", range(2, 10))
+def test_windows_share_a_row_in_the_probe_however_short_they_are(window: int) -> None:
+    assert open_toy(by_window, window=window).isolation == "packed"
+    assert open_toy(causal, window=window).isolation == "alone"
 
 
 def test_a_model_of_nan_weights_is_refused() -> None:
@@ -107,7 +130,9 @@ def test_a_model_of_nan_weights_is_refused() -> None:
 @pytest.mark.parametrize(
     ("limits", "longest"),
     [({}, 64), ({"sliding_window": 200}, 1000), ({"inner": {"attention_chunk_size": 64}}, 1000), ({"sliding_window": 1000}, 64),
-     ({"rope": {"original_max_position_embeddings": 500}}, 1000), ({"use_sliding_window": True}, 64)],
+     ({"rope": {"original_max_position_embeddings": 500}}, 1000), ({"use_sliding_window": True}, 64),
+     ({"max_window_layers": 28, "sliding_window_pattern": 6}, 64), ({"rates": {"compressed_attention": 128}}, 1000),
+     ({"windows": [2000, [100]]}, 1000), ({"local_attention": 128}, 1000), ({"index_topk": 512}, 1000)],
 )  # fmt: skip
 def test_the_probe_is_as_long_as_a_window_where_the_config_names_a_length_that_windows_exceed(
     limits: dict[str, Any], longest: int

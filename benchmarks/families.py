@@ -118,7 +118,7 @@ class Verdict:
 
 def tiny_config(name: str) -> Any:
     """A family's own config, or a variant's, made small. Raises whatever the family raises if it cannot be."""
-    family = name.split()[0]
+    family, variant = name.split()[0], VARIANTS.get(name, {})
     kind: Any = CONFIG_MAPPING[family]
     default = kind().to_dict()
     sizes = {name: size for size, names in SIZES for name in names} | SPECIAL
@@ -146,7 +146,7 @@ def tiny_config(name: str) -> Any:
             small[name] = (kinds * LAYERS)[:LAYERS]
     if "qk_rope_head_dim" in small and "head_dim" in small:
         small["head_dim"] = small["qk_rope_head_dim"]
-    return kind(**small | FITTING.get(family, {}) | VARIANTS.get(name, {}))
+    return kind(**small | FITTING.get(family, {}) | variant)
 
 
 def build(family: str, folder: Path) -> str:
@@ -272,7 +272,7 @@ def page(verdicts: list[Verdict]) -> str:
         " unequal lengths. *refused*: the model cannot be used, with the reason. The last column is the largest difference"
         " of any loss from the same window alone, over scoring and training.",
         "",
-        f"{built} families could be built: {counts['packed']} packed, {counts['alone']} alone, {counts['refused']} refused,"
+        f"{built} families and variants could be built: {counts['packed']} packed, {counts['alone']} alone, {counts['refused']} refused,"
         f" **{counts['wrong']} silently wrong**. {counts['not built']} could not be built tiny and are listed last.",
         "",
         "| family | class | way | linear head | nats | why |",

@@ -34,9 +34,9 @@ def campaign(config, folder, ranks, *options):
     return counts
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_few_kills_change_nothing(scores, tmp_path, ranks):
-    assert campaign(scores, tmp_path, ranks, "--trials", "3", "--stride", "31", "--first", "7")["killed"] >= 3
+    assert campaign(scores, tmp_path, ranks, "--trials", "2", "--stride", "67", "--first", "23")["killed"] >= 2
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import yaml
 from pipeline.progress import say
 from schemas.config import Context, Corpus, load_config
 from schemas.errors import UserError
-from schemas.models import check_vocabulary, local_model, open_tokenizer, positions
+from schemas.models import local_model, open_tokenizer, positions
 from schemas.store import Store
 from schemas.window import encode_documents
 from score_jobs.corpus import Document, corpus_documents
@@ -35,7 +35,6 @@ def write_config(
         )
     folder = local_model(base, "--base")
     tokenizer = open_tokenizer(folder, "--base")
-    check_vocabulary(folder, tokenizer, "--base")
     context = Context(
         window=min(positions(folder, "--base") or LONGEST_WINDOW, LONGEST_WINDOW),
         bos=tokenizer.bos_token_id is not None,

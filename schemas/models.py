@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hub_logging
 
@@ -17,8 +17,6 @@ from schemas.forward import Opened
 from schemas.probe import prove
 
 MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.txt")
-# What a folder's own files can make transformers raise; anything else is our mistake and keeps its traceback.
-BROKEN_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 
 
 def open_model(
@@ -58,8 +56,8 @@ def _load(folder: Path, field: str, dtype: torch.dtype) -> Any:
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
         module, report = loaded
-    except BROKEN_FILES as error:
-        raise UserError(f"{field}: {folder} cannot be loaded ({first_line(error)})", "mend or convert it") from error
+    except Exception as error:  # what a folder's files make transformers raise has no common base
+        raise UserError(f"{field}: {folder} cannot be loaded ({_reason(error)})", "mend or convert it") from error
     finally:
         hub_logging.set_verbosity(loud)
     wrong = [
@@ -102,21 +100,25 @@ def local_model(name: str, field: str = "model") -> Path:
 
 
 def open_tokenizer(folder: Path, field: str) -> Any:
-    """The fast tokenizer of a model folder. Raises UserError if it has none that works."""
+    """The fast tokenizer of a folder.
+
+    Raises UserError if it has none that works, or if the model beside it has no embedding for some of its tokens.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("a", add_special_tokens=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json
         raise UserError(
-            f"{field}: {folder} has no usable tokenizer ({first_line(error)})", "copy the model's tokenizer files there"
+            f"{field}: {folder} has no usable tokenizer ({_reason(error)})", "copy the model's tokenizer files there"
         ) from error
+    if (folder / "config.json").exists():
+        _check_vocabulary(folder, tokenizer, field)
     return tokenizer
 
 
-def check_vocabulary(folder: Path, tokenizer: Any, field: str) -> None:
-    """Raise UserError if the tokenizer makes tokens that the model in `folder` has no embedding for."""
-    size = _text_config(folder, field).vocab_size
-    if size < len(tokenizer):
+def _check_vocabulary(folder: Path, tokenizer: Any, field: str) -> None:
+    size = getattr(_text_config(folder, field), "vocab_size", None)
+    if size is not None and size < len(tokenizer):
         raise UserError(
             f"{field}: {folder} knows {size} tokens, its tokenizer makes {len(tokenizer)}",
             "use the tokenizer that the model was trained with",
@@ -136,5 +138,11 @@ def _positions(config: Any) -> int | None:
 def _text_config(folder: Path, field: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except BROKEN_FILES as error:
-        raise UserError(f"{field}: {folder}/config.json cannot be read ({first_line(error)})", "mend it") from error
+    except Exception as error:  # as above
+        raise UserError(f"{field}: {folder}/config.json cannot be read ({_reason(error)})", "mend it") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a library says, in one line; its config validation says why in the error's cause alone."""
+    cause = f" {first_line(error.__cause__)}" if isinstance(error, StrictDataclassError) and error.__cause__ else ""
+    return first_line(error) + cause

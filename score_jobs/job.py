@@ -63,6 +63,7 @@ def score(config: Config, report: Callable[[Progress], None] = lambda progress: 
         if todo:
             layout.sweep()
             _score_units(job, layout, planned, todo, outcome, progress, report)
+            layout.sweep()  # what workers that died on the way left half written
         refuse_quarantine(layout, receipts.values(), config.score.max_quarantined)
         if not outcome.missing:
             write_complete(layout, [unit.name for unit in planned.units])

@@ -14,7 +14,7 @@ import torch
 
 from schemas.config import Context, Corpus, Score
 from schemas.disk import writing
-from schemas.models import check_vocabulary, open_tokenizer
+from schemas.models import open_tokenizer
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, encode_shard, open_shard, read_group, shard_schema
 from schemas.window import encode_in_batches
@@ -57,7 +57,6 @@ class Worker:
         torch.set_num_threads(job.score.cpus_per_worker)
         self.job, self.layout = job, Layout(job.score.output)
         self.tokenizer = open_tokenizer(job.model, "score.model")
-        check_vocabulary(job.model, self.tokenizer, "score.model")
         self.engine = open_engine(job.model, job.context, job.score)
 
     def score(self, unit: Unit) -> Receipt:

@@ -33,6 +33,8 @@ def test_scores_of_another_tokenizer_are_refused_by_field(scores, tmp_path, fiel
         tokenizer = open_tokenizer(base, "base")
         tokenizer.add_tokens(["<another>"])
         tokenizer.save_pretrained(base)
+        shape = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(shape | {"vocab_size": 600}))  # room for it
     train = scores.train.model_copy(update={"output": tmp_path / "train"})
     with pytest.raises(UserError, match=rf"tokenizer\.{field}: .* stored, .* now"):
         train_live(changed(scores, base=str(base), train=train))

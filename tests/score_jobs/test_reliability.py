@@ -80,6 +80,7 @@ def test_law_4_a_killed_worker_costs_its_unit_in_flight_and_the_job_finishes(
 
     job.until(lambda: workers())
     victim = workers()[0]
+    (config.score.output / "units" / ".tmp-half-written").write_bytes(b"what a killed writer leaves")
     victim.kill()
     status, output = job.end()
     assert status == 0, output

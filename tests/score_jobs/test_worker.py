@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,9 +92,9 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_the_users_error(
     model = copied_model(tiny_model, tmp_path)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    job, _ = prepare(make_config(tmp_path, {"score.model": str(model)}))
+    job, _ = prepare(make_config(tmp_path, {"score.model": str(tiny_model)}))
     with pytest.raises(UserError, match=r"score\.model: .*knows 100 tokens, its tokenizer makes 512"):
-        Worker(job)
+        Worker(replace(job, model=model))
 
 
 def test_the_share_in_quarantine_is_of_all_documents(

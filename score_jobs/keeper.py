@@ -28,13 +28,16 @@ for line in sys.stdin.read().splitlines():
 class Keeper:
     """Watches the descendants of this process from now on."""
 
-    def __init__(self, vital: tuple[str, ...]):
-        """`vital`: names of the processes without which nothing goes on."""
+    def __init__(self) -> None:
+        self.vital: dict[psutil.Process, str] = {}
         self.known: set[psutil.Process] = set()
         # A session of its own: what kills the driver's group must not kill who cleans up after it.
         self.watcher = subprocess.Popen(
             [sys.executable, "-c", WATCH], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
+
+    def watch(self, vital: tuple[str, ...]) -> None:
+        """`vital`: names of the processes, running now, without which nothing goes on."""
         self._learn()
         self.vital = {process: process.name() for process in self.known if process.name() in vital}
 

@@ -91,7 +91,8 @@ class Pool:
         _refuse_what_no_node_has(self.job.score)
         for _ in range(min(self.job.score.workers, len(self.queue))):
             self._start_actor()
-        while self.calls and not self.stop.is_set():
+        # A worker that is still getting ready when all is scored is waited for no longer.
+        while (self.queue or any(call.unit for call in self.calls.values())) and not self.stop.is_set():
             ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=POLL_SECONDS)
             for reference in ready:
                 self._settle(reference, self.calls.pop(reference), finished)
@@ -159,7 +160,7 @@ class Pool:
             self.missing.append(f"{name}: given up after {self.failures[name]} attempts: {reason}")
         else:
             raise UserError(f"workers do not start ({reason}; {self.failures[name]} attempts)", GO_ON)
-        if self.queue or self.calls:
+        if self.queue:
             self._start_actor()
 
     def _end_what_hangs(self) -> None:
@@ -253,7 +254,7 @@ def _start(score: Score) -> Cluster:
     if local:
         size = {"num_cpus": score.workers * score.cpus_per_worker, "include_dashboard": False}
         size |= {} if score.gpus_per_worker else {"num_gpus": 0}
-    start = time.monotonic()
+    start, keeper = time.monotonic(), Keeper() if local else None
     try:
         if ":" in (place := (score.address or "").removeprefix("ray://")):  # Ray itself would try for minutes
             host, port = place.rsplit(":", 1)
@@ -261,13 +262,17 @@ def _start(score: Score) -> Cluster:
         ray.init(
             address="local" if local else score.address, log_to_driver=False, logging_level=logging.CRITICAL, **size
         )
-    except (OSError, RuntimeError, ValueError, OverflowError, RayError) as error:
+    except Exception as error:  # a Ray that dies while it starts raises no class of its own
+        if keeper:
+            keeper.close()
         waited = time.monotonic() - start
         raise UserError(
             f"score.address: `{score.address}`: no Ray cluster after {waited:.0f} s ({first_line(error)})",
             "start one with `ray start --head`, or set score.address: null for a local one",
         ) from error
-    return Cluster(Keeper(("gcs_server", "raylet")) if local else None, ours=True)
+    if keeper:
+        keeper.watch(("gcs_server", "raylet"))
+    return Cluster(keeper, ours=True)
 
 
 def _refuse_what_no_node_has(score: Score) -> None:

@@ -16,6 +16,7 @@ from schemas.errors import UserError, first_line
 from schemas.forward import Opened
 from schemas.probe import prove
 
+MOST_LAYERS = 10_000  # a damaged config of more would fill all memory before its weights are looked at
 MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.txt")
 
 
@@ -47,6 +48,9 @@ def open_model(
 def _load(folder: Path, field: str, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").exists():
         raise UserError(f"{field}: {folder} has no config.json, so it is not a model", "name a Hugging Face folder")
+    layers = getattr(_text_config(folder, field), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"{field}: {folder}/config.json: num_hidden_layers: {layers} is no model's", "mend it")
     loud = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # what its load report warns of is an error of ours
     hub_logging.disable_progress_bar()

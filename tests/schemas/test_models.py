@@ -125,23 +125,52 @@ def test_a_setting_of_another_kind_is_named_with_what_is_wrong_with_it(folder: P
         open_model(folder, "base", 64)
 
 
-def test_damaged_folders_open_or_are_one_error(tiny_model: Path, tmp_path: Path) -> None:
-    """Flips and cuts at random places of every file; weights whose bytes changed may open, for hashes are what binds them."""
-    rng = random.Random(0)
-    for trial in range(120):
-        folder = tmp_path / str(trial)
-        shutil.copytree(tiny_model, folder)
-        path = rng.choice(sorted(folder.iterdir()))
-        data = bytearray(path.read_bytes())
-        where = rng.randrange(min(len(data), 4000))
-        if rng.random() < 0.3:
-            data = data[:where]
-        else:
-            data[where] ^= 1 << rng.randrange(8)
-        path.write_bytes(data)
+def test_more_layers_than_memory_holds_are_refused_before_they_are_built(folder: Path) -> None:
+    edit_json(folder / "config.json", num_hidden_layers=10**20)
+    with pytest.raises(UserError, match=r"base: .*config\.json: num_hidden_layers: 1000"):
+        open_model(folder, "base", 64)
+
+
+def flip(rng: random.Random, path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.choice([1, 8])):
+        data[rng.randrange(min(len(data), 4000))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def shorten(rng: random.Random, path: Path) -> None:
+    data = path.read_bytes()
+    where = rng.randrange(min(len(data), 4000))
+    path.write_bytes(data[:where] + data[where + rng.choice([1, 40, len(data)]) :])
+
+
+def alter(rng: random.Random, path: Path) -> None:
+    """Valid JSON in which one value, at any depth, is another or gone."""
+    if path.suffix != ".json":
+        return flip(rng, path)
+    content = node = json.loads(path.read_bytes())
+    key = rng.choice(list(node))
+    while isinstance(node[key], dict | list) and node[key] and rng.random() < 0.7:
+        node = node[key]
+        key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+    if rng.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = rng.choice([None, -1, 0, 10**20, float("nan"), float("inf"), "x", [], {}, True, 1.5, [1, 2]])
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+def test_damaged_folders_open_or_are_one_error(tiny_model: Path, tmp_path: Path, seed: int) -> None:
+    """Flips, cuts and other values anywhere; weights whose bytes changed may open, for hashes are what binds them."""
+    rng = random.Random(seed)
+    for trial in range(150):
+        folder = Path(shutil.copytree(tiny_model, tmp_path / str(trial)))
+        rng.choice([flip, shorten, alter])(rng, rng.choice(sorted(folder.iterdir())))
         try:
             open_model(folder, "base", 32)
             open_tokenizer(folder, "base")
         except UserError as error:
-            assert str(folder) in str(error) and "base" in str(error)
+            assert str(folder) in str(error) and error.problem.startswith(("base: ", "context.window: ")) and error.fix
+            assert "\n" not in str(error)
         shutil.rmtree(folder)

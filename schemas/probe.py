@@ -11,8 +11,8 @@ The windows' lengths halve from the longest down, so that wherever a model behav
 embedding for long contexts, a chunk, a sliding window), windows of both kinds share a batch.
 
 1 to 3 are held in float32, where rounding cannot hide a leak: weights of another dtype are widened for the moment it
-takes, which is exact, and narrowed again. 4 compares two runs of one shape, so rounding cancels. It takes milliseconds
-on a GPU and about a second on a CPU.
+takes, which is exact, and narrowed again. 4 compares two runs of one shape, so rounding cancels. It costs about
+as much as scoring a thousand tokens, and more where the config names a length below the window.
 """
 
 import re

@@ -9,13 +9,13 @@ import traceback
 from rich.console import Console
 from rich.text import Text
 
+from schemas import disk
 from schemas.errors import UserError, first_line, printable
 
 USER, UNFORESEEN, INTERRUPTED = 2, 1, 130
 FIXES = {
-    errno.ENOSPC: "free some space and run the same command again; what is finished stays",
-    errno.EDQUOT: "free some of your quota and run the same command again; what is finished stays",
-    errno.EROFS: "choose an output on a disk that can be written (root, score.output, train.output)",
+    **disk.FIXES,
+    # These may be of reading too.
     errno.EACCES: "mend its permissions, or choose another path",
     errno.EPERM: "mend its permissions, or choose another path",
     errno.ENOENT: "mend the path",

@@ -195,8 +195,9 @@ def read_version(layout: Layout) -> int:
 def write_complete(layout: Layout, units: list[str]) -> None:
     """Say that these units make the dataset whole; an equal file is left untouched."""
     content = seal({"units": sorted(units)})
-    if not layout.complete.exists() or layout.complete.read_bytes() != content:
-        layout.store.put(layout.COMPLETE, content)
+    store = layout.store
+    if not store.exists(layout.COMPLETE) or store.read(layout.COMPLETE) != content:
+        store.put(layout.COMPLETE, content)
 
 
 def read_complete(layout: Layout) -> list[str] | None:

@@ -11,7 +11,7 @@ from schemas.lock import locked
 from schemas.models import local_model, open_tokenizer
 from schemas.receipt import Layout, Receipt, read_dataset, read_receipts, write_complete, write_dataset
 from score_jobs.plan import Plan, Unit, plan
-from score_jobs.quarantine import refuse_quarantine
+from score_jobs.quarantine import Tally, refuse_quarantine
 from score_jobs.worker import Job
 
 EARLY_DOCUMENTS = 500  # after so many a job of broken losses is stopped, not only at its end
@@ -64,7 +64,7 @@ def score(config: Config, report: Callable[[Progress], None] = lambda progress: 
             layout.sweep()
             _score_units(job, layout, planned, todo, outcome, progress, report)
             layout.sweep()  # what workers that died on the way left half written
-        refuse_quarantine(layout, receipts.values(), config.score.max_quarantined)
+        refuse_quarantine(layout, Tally.of(receipts.values()), receipts.values(), config.score.max_quarantined)
         if not outcome.missing:
             write_complete(layout, [unit.name for unit in planned.units])
         return outcome
@@ -89,6 +89,8 @@ def _score_units(
     progress.input_bytes_total = sum(unit.input_bytes for unit in planned.units)
     progress.input_bytes = progress.input_bytes_total - sum(unit.input_bytes for unit in todo)
 
+    tally = Tally.of(outcome.receipts.values())
+
     def finished(unit: Unit, receipt: Receipt) -> None:
         outcome.receipts[unit.name] = receipt
         outcome.new_tokens += receipt.tokens
@@ -96,7 +98,9 @@ def _score_units(
         progress.input_bytes += unit.input_bytes
         progress.tokens += receipt.tokens
         progress.quarantined += receipt.quarantined
-        refuse_quarantine(layout, outcome.receipts.values(), job.score.max_quarantined, EARLY_DOCUMENTS)
+        tally.add(receipt)
+        if tally.documents >= EARLY_DOCUMENTS:
+            refuse_quarantine(layout, tally, outcome.receipts.values(), job.score.max_quarantined)
 
     def waited(note: str) -> None:
         progress.note = note

@@ -227,18 +227,22 @@ class Cluster:
 
     def check(self) -> None:
         """Raise UserError if the cluster is gone."""
-        if self.keeper is not None and (dead := self.keeper.missing()):
-            raise Stranded(f"Ray's {dead} died", GO_ON)
-        if self.keeper is None and (silent := time.monotonic() - self.heard) > SILENCE_SECONDS:
-            raise Stranded(
+        if problem := self._gone():
+            raise problem
+
+    def _gone(self) -> Stranded | None:
+        if self.keeper is not None:
+            return Stranded(f"Ray's {dead} died", GO_ON) if (dead := self.keeper.missing()) else None
+        if (silent := time.monotonic() - self.heard) > SILENCE_SECONDS:
+            return Stranded(
                 f"score.address: no word from the Ray cluster for {silent:.0f} s", f"start it again; {GO_ON}"
             )
+        return None
 
     def close(self) -> None:
         """Leave the cluster, unless it is gone; nothing of one that we started stays."""
         self.stop.set()
-        lost = self.keeper.missing() if self.keeper else time.monotonic() - self.heard > SILENCE_SECONDS
-        if self.ours and not lost:
+        if self.ours and not self._gone():
             ray.shutdown()
         if self.keeper:
             self.keeper.close()

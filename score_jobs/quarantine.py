@@ -3,38 +3,56 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from schemas.errors import UserError
 from schemas.receipt import Layout, Receipt
 
 
-def quarantined_share(receipts: Iterable[Receipt]) -> float:
-    """Share of all documents that went to quarantine; 0.0 of none.
+@dataclass
+class Tally:
+    """Documents of some units, kept up as units are done: a look at every receipt for each would grow with their square."""
 
-    Noise of the web is below 0.01; a wrong text column or a model of NaN weights makes 1.0.
+    documents: int = 0
+    quarantined: int = 0
+
+    def add(self, receipt: Receipt) -> None:
+        """Count one unit more."""
+        self.quarantined += receipt.quarantined
+        self.documents += receipt.documents + receipt.quarantined
+
+    @property
+    def share(self) -> float:
+        """Share of all documents that went to quarantine; 0.0 of none.
+
+        Noise of the web is below 0.01; a wrong text column or a model of NaN weights makes 1.0.
+        """
+        return self.quarantined / self.documents if self.documents else 0.0
+
+    @classmethod
+    def of(cls, receipts: Iterable[Receipt]) -> "Tally":
+        """The count of these units."""
+        tally = cls()
+        for receipt in receipts:
+            tally.add(receipt)
+        return tally
+
+
+def refuse_quarantine(layout: Layout, tally: Tally, receipts: Iterable[Receipt], most: float) -> None:
+    """Raise UserError if more than the share `most` of the documents counted in `tally` could not be scored.
+
+    `receipts` are those that were counted: they lead to the reasons.
     """
-    quarantined = documents = 0
-    for receipt in receipts:
-        quarantined += receipt.quarantined
-        documents += receipt.documents + receipt.quarantined
-    return quarantined / documents if documents else 0.0
-
-
-def refuse_quarantine(layout: Layout, receipts: Iterable[Receipt], most: float, least_documents: int = 1) -> None:
-    """Raise UserError if more than the share `most` of the documents could not be scored: no corpus is that bad."""
-    every = list(receipts)
-    quarantined = sum(receipt.quarantined for receipt in every)
-    documents = quarantined + sum(receipt.documents for receipt in every)
-    if documents < least_documents or quarantined_share(every) <= most:
+    if tally.share <= most:
         return
     reasons: Counter[str] = Counter()
-    for receipt in every:
+    for receipt in receipts:
         if receipt.quarantined:
             lines = layout.quarantine(receipt.unit).read_text().splitlines()
             reasons.update(str(json.loads(line)["reason"]) for line in lines)
     reason, count = reasons.most_common(1)[0]
     raise UserError(
-        f"{layout.root}: {quarantined} of {documents} documents are in quarantine, {count} of them because: {reason}",
+        f"{layout.root}: {tally.quarantined} of {tally.documents} documents are in quarantine, {count} of them because: {reason}",
         "mend the corpus, corpus.text or the reference model, delete the dataset and score again;"
         f" or allow more than score.max_quarantined ({most:.0%})",
     )

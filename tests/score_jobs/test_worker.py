@@ -19,7 +19,7 @@ from schemas.models import open_tokenizer
 from schemas.receipt import Layout, read_receipts
 from schemas.store import NotWritten
 from score_jobs.plan import Unit, plan
-from score_jobs.quarantine import quarantined_share
+from score_jobs.quarantine import Tally
 from score_jobs.worker import Job, Worker
 
 
@@ -102,8 +102,8 @@ def test_the_share_in_quarantine_is_of_all_documents(
 ) -> None:
     job, units = prepare(make_config(tmp_path, {"corpus.paths": [str(corpus_folder / "part-2.jsonl")]}))
     worker = Worker(job)
-    assert quarantined_share(map(worker.score, units)) == 3 / 27
-    assert quarantined_share([]) == 0.0
+    assert Tally.of(map(worker.score, units)).share == 3 / 27
+    assert Tally.of([]).share == 0.0
 
 
 def test_a_model_of_nan_weights_quarantines_everything_or_does_not_load(
@@ -120,4 +120,4 @@ def test_a_model_of_nan_weights_quarantines_everything_or_does_not_load(
     except UserError as error:
         assert "score.model" in error.problem
         return
-    assert quarantined_share(map(worker.score, units)) == 1.0 > job.score.max_quarantined
+    assert Tally.of(map(worker.score, units)).share == 1.0 > job.score.max_quarantined

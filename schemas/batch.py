@@ -6,12 +6,15 @@ Example, rows of 8 tokens, windows [a b c], [d e f g] and [h i]:
     positions  0 1 2 0 1 2 3 0      0 1 0 1 2 3 4 5       restart with each window, and with the padding
     targets    b c - e f g - -      i - - - - - - -       `-` is IGNORE: nothing is predicted there
     owner      0 0 0 1 1 1 1 x      2 2 x x x x x x       `x` is -1
+    bounds     0 3 7 8 10 16        where a window or a row's padding begins, rows laid end to end
+    predicted  0 1 3 4 5 8          columns that predict, window after window
 
-Hugging Face models read block-diagonal causal attention off restarting positions
-(`transformers.masking_utils.find_packed_sequence_indices`), so no mask is passed. Whether a model really keeps
+Attention is told of the boundaries (`schemas.attention`), or Hugging Face models read block-diagonal causal attention
+off the restarting positions (`transformers.masking_utils.find_packed_sequence_indices`). Whether a model really keeps
 windows apart is not taken on trust: `schemas.models` proves it when the model is opened.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -40,13 +43,17 @@ class Batch:
     """Packed windows. Column j predicts the token in column j + 1, so `targets[r, j]` is `ids[r, j + 1]`.
 
     ids, positions, targets, owner: int64 [rows, row_tokens]. `owner` is the window's number in the batch.
-    places: the windows' boundaries, in the order of their numbers.
+    bounds: int32 [windows and paddings + 1]; longest: at least the tokens of the longest of them, a power of two.
+    predicted: int64 [predictions], places in the rows laid end to end. places: the windows', by their numbers.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
     owner: torch.Tensor
+    bounds: torch.Tensor
+    predicted: torch.Tensor
+    longest: int
     places: list[Place]
 
     @property
@@ -55,9 +62,13 @@ class Batch:
         return [place.length for place in self.places]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on `device`, copied without waiting."""
-        names = ("ids", "positions", "targets", "owner")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        """The same on `device`, copied without waiting for it."""
+        pinned = torch.device(device).type == "cuda"
+        tensors = {
+            name: getattr(self, name) for name in ("ids", "positions", "targets", "owner", "bounds", "predicted")
+        }
+        tensors = {name: tensor.pin_memory() if pinned else tensor for name, tensor in tensors.items()}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def spread(self, windows: Sequence[np.ndarray]) -> torch.Tensor:
         """Per-token values to where their tokens are predicted: float32 [rows, row_tokens], NaN elsewhere."""
@@ -68,8 +79,13 @@ class Batch:
 
     def gather(self, grid: torch.Tensor) -> list[np.ndarray]:
         """The inverse of `spread`: float32 values of each window, NaN at position 0."""
-        values = grid.float().cpu().numpy()
-        return [np.concatenate([[np.float32(np.nan)], values[place.row, place.predicted]]) for place in self.places]
+        return gather(grid, self.places)
+
+
+def gather(grid: torch.Tensor, places: Sequence[Place]) -> list[np.ndarray]:
+    """Float32 values of the windows at `places`, NaN at position 0, from where their tokens are predicted."""
+    values = grid.float().cpu().numpy()
+    return [np.concatenate([[np.float32(np.nan)], values[place.row, place.predicted]]) for place in places]
 
 
 def collate(windows: Sequence[np.ndarray], rows: Sequence[Sequence[int]], row_tokens: int | None = None) -> Batch:
@@ -83,6 +99,7 @@ def collate(windows: Sequence[np.ndarray], rows: Sequence[Sequence[int]], row_to
     targets, owner = np.full_like(ids, IGNORE), np.full_like(ids, -1)
     positions = np.tile(np.arange(width), (len(rows), 1))
     places: dict[int, Place] = {}
+    bounds: list[int] = []
     restart = any(len(row) > 1 for row in rows)
     for number, row in enumerate(rows):
         start = 0
@@ -94,15 +111,25 @@ def collate(windows: Sequence[np.ndarray], rows: Sequence[Sequence[int]], row_to
             owner[number, start:end] = index
             positions[number, start:end] = np.arange(len(tokens))
             places[index] = Place(row=number, start=start, length=len(tokens))
+            bounds.append(number * width + start)
             start = end
+        if start < width:
+            bounds.append(number * width + start)
         if restart:  # padding is a window of its own, so no real token attends to it
             positions[number, start:] = np.arange(width - start)
+    bounds.append(ids.size)
+    ordered = [places[index] for index in range(len(windows))]
+    predicted = [place.row * width + np.arange(place.start, place.start + place.length - 1) for place in ordered]
     return Batch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(targets),
         owner=torch.from_numpy(owner),
-        places=[places[index] for index in range(len(windows))],
+        bounds=torch.tensor(bounds, dtype=torch.int32),
+        predicted=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *predicted])),
+        # One of few values: a compiled model and a kernel's launch depend on it.
+        longest=1 << (int(np.diff(bounds).max(initial=1)) - 1).bit_length(),
+        places=ordered,
     )
 
 
@@ -112,24 +139,37 @@ def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     A pure function of the lengths, so a unit is packed the same way whenever it is redone.
     Example, rows of 8: lengths 3, 4, 2, 5 become rows [3, 0] (5 + 3) and [1, 2] (4 + 2).
     """
-    by_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]
+    open_rows: list[tuple[int, int]] = []  # (room, row), sorted
     rows: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        room = next((room for room in range(length, row_tokens + 1) if by_room[room]), None)
-        if room is None:
+        found = bisect_left(open_rows, (lengths[index], 0))
+        if found == len(open_rows):
             rows.append([])
-            row, room = len(rows) - 1, row_tokens
+            room, row = row_tokens, len(rows) - 1
         else:
-            row = by_room[room].pop()
+            room, row = open_rows.pop(found)
         rows[row].append(index)
-        by_room[room - length].append(row)
+        if room > lengths[index]:
+            insort(open_rows, (room - lengths[index], row))
     return rows
 
 
 def one_a_row(lengths: Sequence[int]) -> list[list[int]]:
     """Each window in a row of its own, longest first, so that neighbours are of a length and pad little."""
     return [[index] for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))]
+
+
+def batches(rows: Sequence[list[int]], lengths: Sequence[int], batch_tokens: int) -> list[list[list[int]]]:
+    """Rows in their order, as many at a time as fit in `batch_tokens` when padded to the longest; at least one."""
+    found: list[list[list[int]]] = []
+    width = 0
+    for row in rows:
+        width = max(width, sum(lengths[index] for index in row))
+        if not found or width * (len(found[-1]) + 1) > batch_tokens:
+            found.append([])
+            width = sum(lengths[index] for index in row)
+        found[-1].append(row)
+    return found
 
 
 class RowFiller:

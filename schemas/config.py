@@ -75,6 +75,7 @@ class Score(Section):
     gpus_per_worker: float = Field(default=0, ge=0)
     address: str | None = Field(default=None, description="null: a local Ray; auto: the cluster this node belongs to")
     entropy: bool = Field(default=False, description="also store ref_entropy")
+    compile: bool = Field(default=False, description="compile the model's layers: a slower start, a faster forward")
     attempts: int = Field(default=3, ge=1, description="deaths of a worker after which a unit is given up")
     unit_timeout_seconds: float | None = Field(
         default=None, gt=0, description="longest time of one unit; null: 20 times what the slowest so far would need"

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from schemas.batch import Batch, best_fit, one_a_row
+from schemas.attention import bounded
+from schemas.batch import Batch, batches, best_fit, one_a_row
 
-Isolation = Literal["packed", "alone"]
+Isolation = Literal["varlen", "packed", "alone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,8 @@ class Opened:
     """A causal language model, and what was proven of it when it was opened.
 
     linear: logits are `last_hidden_state @ output_embeddings.weight.T` and nothing more.
-    isolation: `packed`: windows that share a row do not see each other; `alone`: each needs a row of its own.
+    isolation: `varlen`: attention is told the windows' boundaries; `packed`: it reads them off restarting positions;
+    `alone`: each window needs a row of its own.
     compute: dtype of the forward's products; float32 parameters are cast for them.
     """
 
@@ -28,7 +31,18 @@ class Opened:
 
     def rows(self, lengths: list[int], row_tokens: int) -> list[list[int]]:
         """How windows of these lengths share rows of at most `row_tokens` under this model."""
-        return best_fit(lengths, row_tokens) if self.isolation == "packed" else one_a_row(lengths)
+        return one_a_row(lengths) if self.isolation == "alone" else best_fit(lengths, row_tokens)
+
+    def batches(self, lengths: list[int], window: int, batch_tokens: int) -> list[list[list[int]]]:
+        """Rows of window numbers, batch after batch of about `batch_tokens`: a function of the lengths alone.
+
+        With boundaries a batch is one long row: it holds no padding. Without, rows are no longer than a `window`, for
+        a mask costs their square.
+        """
+        row_tokens = max(window, batch_tokens) if self.isolation == "varlen" else window
+        # Rows of one window share batches, for those need no mask.
+        rows = sorted(self.rows(lengths, row_tokens), key=lambda row: len(row) > 1)
+        return batches(rows, lengths, batch_tokens)
 
 
 def forward(model: Opened, batch: Batch) -> torch.Tensor:
@@ -37,11 +51,29 @@ def forward(model: Opened, batch: Batch) -> torch.Tensor:
     Returns last hidden states [rows, row_tokens, d] if the head is linear, else finished logits [rows, row_tokens, vocab].
     """
     # Alone, a model counts positions itself: some families know no other ones.
-    positions = {"position_ids": batch.positions} if model.isolation == "packed" else {}
+    named: dict[str, Any] = {} if model.isolation == "alone" else {"position_ids": batch.positions}
     body = model.module.base_model if model.linear else model.module
     with casting(model):
-        output = body(input_ids=batch.ids, use_cache=False, **positions)
+        if model.isolation == "varlen":
+            with bounded():
+                output = body(
+                    input_ids=batch.ids,
+                    use_cache=False,
+                    cu_seq_lens_q=batch.bounds,
+                    cu_seq_lens_k=batch.bounds,
+                    max_length_q=batch.longest,
+                    max_length_k=batch.longest,
+                    **named,
+                )
+        else:
+            output = body(input_ids=batch.ids, use_cache=False, **named)
     return output.last_hidden_state if model.linear else output.logits
+
+
+def decoder_layers(module: Any) -> nn.ModuleList:
+    """The longest list of modules in the body; empty if there is none."""
+    lists = [item for item in module.base_model.modules() if isinstance(item, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
 
 
 @contextmanager

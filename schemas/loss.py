@@ -4,6 +4,8 @@ L(x_i) = -log P(x_i | x_<i) in nats (Rho-1, equation 1), computed in float32 wha
 chunk by chunk, so that no [tokens, vocab] float32 tensor is kept.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from schemas.batch import IGNORE, Batch
 from schemas.forward import Opened, forward
 
 CHUNK_TOKENS = 1024
+TILE_TOKENS = 1024  # of the vocabulary, on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,38 +30,76 @@ class Losses:
 
 
 def project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Logits in float32, [n, vocab]. Rounding logits to bfloat16 costs up to 0.06 nats at a logit of 20."""
+    """Logits in float32, [n, vocab], summed in float32 by the product itself.
+
+    Rounding them to bfloat16 would cost up to 0.06 nats at a logit of 20.
+    """
     if hidden.dtype == torch.float32:
         return hidden @ weight.T
     if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T
+    with _narrow_factors():
+        return hidden.float() @ weight.float().T
+
+
+@contextmanager
+def _narrow_factors() -> Iterator[None]:
+    """Float32 products on a CPU may round their factors to bfloat16: for such as hold bfloat16 values that is exact."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def batch_losses(model: Opened, batch: Batch, entropy: bool = False) -> Losses:
     """Losses [rows, row_tokens] of a batch, at the column that predicts each token. Call it without gradients."""
     output, targets = forward(model, batch).flatten(0, 1), batch.targets.flatten()
-    if model.linear:
-        losses = token_losses(output, model.module.get_output_embeddings().weight, targets, entropy)
-    else:
-        losses = losses_of_logits(output, targets, entropy)
-    return losses.view(*batch.targets.shape)
+    if not model.linear:
+        return losses_of_logits(output, targets, entropy).view(*batch.targets.shape)
+    weight = model.module.get_output_embeddings().weight
+    found = token_losses(output[batch.predicted].to(weight.dtype), weight, targets[batch.predicted], entropy)
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return torch.full(targets.shape, torch.nan, device=values.device).index_copy_(0, batch.predicted, values)
+
+    grids = Losses(spread(found.loss), None if found.entropy is None else spread(found.entropy))
+    return grids.view(*batch.targets.shape)
 
 
 def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, entropy: bool = False) -> Losses:
-    """Losses of `targets` [n] under the head `weight` [vocab, d] applied to `hidden` [n, d]."""
-    losses = torch.full(targets.shape, torch.nan, device=hidden.device)
-    entropies = torch.full_like(losses, torch.nan) if entropy else None
-    rows = torch.nonzero(targets != IGNORE).squeeze(1)
-    if hidden.dtype != torch.float32 and not hidden.is_cuda:
-        weight = weight.float()
-    for chunk in rows.split(CHUNK_TOKENS):
-        logits = project(hidden[chunk].to(weight.dtype), weight)
-        log_z = torch.logsumexp(logits, dim=1)
-        losses[chunk] = log_z - logits.gather(1, targets[chunk, None]).squeeze(1)
-        if entropies is not None:
-            entropies[chunk] = log_z - (torch.exp(logits - log_z[:, None]) * logits).sum(1)
-    return Losses(losses, entropies)
+    """Losses [n] of `targets` [n] under the head `weight` [vocab, d] applied to `hidden` [n, d], both of one dtype."""
+    chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    losses = [_chunk_losses(rows, weight, wanted, entropy) for rows, wanted in chunks]
+    nothing = hidden.new_empty(0, dtype=torch.float32)
+    return Losses(
+        torch.cat([nothing, *(item.loss for item in losses)]),
+        torch.cat([nothing, *(item.entropy for item in losses if item.entropy is not None)]) if entropy else None,
+    )
+
+
+def _chunk_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, entropy: bool) -> Losses:
+    """One pass over the vocabulary, a tile at a time, with a running log-sum-exp: on a CPU a tile stays in its cache."""
+    width = weight.shape[0] if hidden.is_cuda else TILE_TOKENS
+    target = hidden.new_full(targets.shape, torch.nan, dtype=torch.float32)
+    top, total, mean = torch.full_like(target, -torch.inf), torch.zeros_like(target), torch.zeros_like(target)
+    for start in range(0, weight.shape[0], width):
+        logits = project(hidden, weight[start : start + width])
+        places = targets - start
+        inside = (places >= 0) & (places < logits.shape[1])
+        places = places.clamp(0, logits.shape[1] - 1)
+        target = torch.where(inside, logits.gather(1, places[:, None]).squeeze(1), target)
+        higher = torch.maximum(top, logits.amax(1))
+        shrink = torch.exp(top - higher)
+        weights = torch.exp(logits - higher[:, None]) if entropy else logits.sub_(higher[:, None]).exp_()
+        total = total * shrink + weights.sum(1)
+        if entropy:
+            mean = mean * shrink + weights.mul_(logits).sum(1)
+        top = higher
+    log_z = top + total.log()
+    return Losses(log_z - target, log_z - mean / total if entropy else None)
 
 
 def losses_of_logits(logits: torch.Tensor, targets: torch.Tensor, entropy: bool = False) -> Losses:

@@ -3,8 +3,8 @@
 A few windows of random tokens are scored alone by the model's own plain forward; that is the truth. Then:
 
 1. causal: no prediction changes with the token it predicts or a later one;
-2. packed: the same windows in shared rows give the same losses;
-3. alone: if 2 fails, the same in rows of one window each, of unequal lengths;
+2. varlen: the same windows in shared rows give the same losses when attention is told their boundaries;
+3. packed: if 2 fails, the same by restarting positions; alone: else in rows of one window each, of unequal lengths;
 4. isolated: in the very dtype that will run, other neighbours change no loss of a window.
 
 The windows' lengths halve from the longest down, so that wherever a model behaves otherwise beyond some length (a rotary
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from schemas import attention
 from schemas.batch import Batch, collate, one_a_row
 from schemas.errors import UserError, first_line
 from schemas.forward import Isolation, Opened, casting
@@ -34,7 +35,7 @@ PROBE_TOKENS = 64
 TOLERANCE_NATS = 1e-3  # float32 rounding makes 3e-5 over 88 families, and 3e-5 at 135M parameters
 ROUGH_NATS = 1.0  # where there is no memory for float32 weights: bfloat16 rounding makes up to 0.4 at 135M parameters
 NOISE_FACTOR = 4.0  # some GPU kernels add in any order: what two equal runs differ by is allowed so many times over
-ISOLATIONS: tuple[Isolation, ...] = ("packed", "alone")
+ISOLATIONS: tuple[Isolation, ...] = ("varlen", "packed", "alone")
 # Config fields that name a length at which a model changes its ways, and such that only sound alike.
 LENGTH_FIELDS = re.compile("window|chunk|position|block|local_attention|index_topk|compress|context|seq_len")
 COUNT_FIELDS = re.compile("layers|pattern")
@@ -62,11 +63,15 @@ def prove(module: Any, compute: torch.dtype, window: int, name: str) -> Opened:
             _check_causal(exact.opened, windows[0], truth[0], exact.tolerance)
         apart: list[str] = []
         for isolation in ISOLATIONS:
+            if isolation == "varlen" and not attention.install(module):
+                continue
             opened = replace(opened, isolation=isolation)
             with _widened(opened) as exact:
                 distance = _distance(_losses(exact.opened, windows), truth)
             if distance <= exact.tolerance and _isolated(opened, windows):
                 return opened
+            if isolation == "varlen":
+                attention.remove(module)
             apart.append(f"{distance:.2g} nats {isolation}")
         raise Refused(f"lets a window's losses depend on what else is in the batch ({', '.join(apart)})")
     except Refused as error:
@@ -199,7 +204,7 @@ def _losses(opened: Opened, windows: list[np.ndarray]) -> list[np.ndarray] | Non
 
 def _batch(opened: Opened, windows: Sequence[np.ndarray]) -> Batch:
     shared = list(range(1, len(windows)))
-    rows = [[0], shared] if opened.isolation == "packed" else one_a_row([len(ids) for ids in windows])
+    rows = one_a_row([len(ids) for ids in windows]) if opened.isolation == "alone" else [[0], shared]
     return collate(windows, rows).to(opened.module.device)
 
 

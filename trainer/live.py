@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from schemas.batch import Batch
 from schemas.errors import UserError
-from schemas.forward import Opened, forward
+from schemas.forward import Opened, decoder_layers, forward
 from schemas.loss import losses_of_logits
 from trainer.head import Choose, KeptLoss
 
@@ -57,12 +57,19 @@ class Live(nn.Module):
 
 
 def parallelize(live: Live, world: int) -> Live:
-    """Shard parameters, gradients and optimizer state over the ranks (FSDP2), one unit a decoder layer."""
+    """Shard parameters, gradients and optimizer state over the ranks (FSDP2), one unit a decoder layer.
+
+    Raises UserError if the model has no list of them.
+    """
     if world == 1:
         return live
     compute = live.opened.compute
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    for layer in decoder_layers(live.model):
+    layers = decoder_layers(live.model)
+    if not layers:
+        name = type(live.model).__name__
+        raise UserError(f"base: {name} has no list of decoder layers, so it cannot be sharded", "use one GPU")
+    for layer in layers:
         fully_shard(layer, mp_policy=policy)
     # The root unit holds embeddings, last norm and head: gathered once, for the forward and the kept-rows backward.
     fully_shard(live, mp_policy=policy, reshard_after_forward=False)
@@ -72,13 +79,3 @@ def parallelize(live: Live, world: int) -> Live:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no fused multiply-and-sum
     return live
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The longest list of modules in the body. Raises UserError if the model has none."""
-    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise UserError(
-            f"base: {type(model).__name__} has no list of decoder layers, so it cannot be sharded", "use one GPU"
-        )
-    return max(lists, key=len)

@@ -38,5 +38,4 @@ def open_engine(model: Path, context: Context, score: Score) -> Engine:
         return VllmEngine(model, context.window, score.dtype, score.batch_tokens, score.gpus_per_worker, score.entropy)
     from score_jobs.engines.packed import PackedEngine  # torch and transformers: slow to import
 
-    device = "cuda" if score.gpus_per_worker else "cpu"
-    return PackedEngine(model, context.window, score.dtype, score.batch_tokens, device, score.entropy)
+    return PackedEngine(model, context.window, score, "cuda" if score.gpus_per_worker else "cpu")

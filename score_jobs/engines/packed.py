@@ -1,4 +1,4 @@
-"""The usual engine: a plain Hugging Face model over packed rows, float32 losses, no logits kept."""
+"""The usual engine: a plain Hugging Face model, whole batches of windows, float32 losses, no logits kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas.batch import collate
-from schemas.loss import batch_losses
+from schemas.batch import Place, collate, gather
+from schemas.config import Score
+from schemas.errors import UserError, first_line
+from schemas.forward import decoder_layers
+from schemas.loss import Losses, batch_losses
 from schemas.models import open_model
 from score_jobs.engines import Scored
 
@@ -16,35 +19,52 @@ from score_jobs.engines import Scored
 class PackedEngine:
     """Computes reference losses of windows on one device."""
 
-    def __init__(self, model: Path, window: int, dtype: str, batch_tokens: int, device: str, entropy: bool = False):
-        """Load the model. `batch_tokens` is rounded down to whole rows of `window` tokens, at least one."""
-        self.model = open_model(model, "score.model", window, dtype=getattr(torch, dtype), device=device)
-        self.device, self.window, self.entropy = device, window, entropy
-        self.rows_per_batch = max(1, batch_tokens // window)
+    def __init__(self, model: Path, window: int, score: Score, device: str):
+        """Load the model. A batch holds `score.batch_tokens` tokens at most, and at least one window."""
+        self.model = open_model(model, "score.model", window, dtype=getattr(torch, score.dtype), device=device)
+        self.device, self.window, self.entropy = device, window, score.entropy
+        self.batch_tokens = max(window, score.batch_tokens)
+        # Compiled for one shape: what the first batch happened to be may not decide how the others are computed.
+        self.compiled = score.compile and self.model.isolation == "varlen"
+        self.row_tokens = self.batch_tokens if self.compiled else None
+        if self.compiled:
+            for layer in decoder_layers(self.model.module):
+                layer.compile(dynamic=False)
 
     @torch.inference_mode()
     def score(self, windows: Sequence[np.ndarray]) -> list[Scored]:
-        """Losses and entropies of each window. What shares a batch is a function of the windows alone."""
+        """Losses and entropies of each window. What shares a batch is a function of the windows alone.
+
+        Raises UserError if the model cannot be compiled.
+        """
+        found: list[tuple[list[int], list[Place], Losses]] = []
+        for rows in self.model.batches([len(window) for window in windows], self.window, self.batch_tokens):
+            members = [index for row in rows for index in row]
+            # Nothing is waited for here: while a GPU computes, the next batches are laid out.
+            found.append((members, *self._run([windows[index] for index in members], rows)))
         results: dict[int, Scored] = {}
-        # Rows of one window first, so that they share batches: those need no block-diagonal mask.
-        rows = sorted(self.model.rows([len(window) for window in windows], self.window), key=len)
-        for start in range(0, len(rows), self.rows_per_batch):
-            batch = rows[start : start + self.rows_per_batch]
-            members = [index for row in batch for index in row]
-            results.update(zip(members, self._score_rows([windows[i] for i in members], batch), strict=True))
+        for members, places, losses in found:
+            results.update(zip(members, _scored(losses, places), strict=True))
         return [results[index] for index in range(len(windows))]
+
+    def _run(self, windows: list[np.ndarray], rows: list[list[int]]) -> tuple[list[Place], Losses]:
+        """Losses of windows that stand in these rows, in the rows' order; they may still be on their way."""
+        numbers = iter(range(len(windows)))
+        batch = collate(windows, [[next(numbers) for _ in row] for row in rows], self.row_tokens)
+        try:
+            return batch.places, batch_losses(self.model, batch.to(self.device), self.entropy)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(f"score.compile: {first_line(error)}", "set it to false, or install a compiler") from error
 
     def describe(self) -> dict[str, Any]:
         """What a receipt says of the engine."""
-        return {"name": "hf-packed", "linear_head": self.model.linear, "isolation": self.model.isolation}
+        how = {"linear_head": self.model.linear, "isolation": self.model.isolation, "compiled": self.compiled}
+        return {"name": "hf-varlen", **how}
 
-    def _score_rows(self, windows: list[np.ndarray], rows: list[list[int]]) -> list[Scored]:
-        """Score windows that stand in these rows, in the rows' order."""
-        numbers = iter(range(len(windows)))
-        batch = collate(windows, [[next(numbers) for _ in row] for row in rows]).to(self.device)
-        losses = batch_losses(self.model, batch, self.entropy)
-        values = batch.gather(losses.loss)
-        if losses.entropy is None:
-            return [Scored(loss=loss) for loss in values]
-        pairs = zip(values, batch.gather(losses.entropy), strict=True)
-        return [Scored(loss=loss, entropy=entropy) for loss, entropy in pairs]
+
+def _scored(losses: Losses, places: list[Place]) -> list[Scored]:
+    """A batch's figures, window by window."""
+    loss = gather(losses.loss, places)
+    if losses.entropy is None:
+        return [Scored(loss=values) for values in loss]
+    return [Scored(loss=values, entropy=of) for values, of in zip(loss, gather(losses.entropy, places), strict=True)]

@@ -12,7 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from schemas import attention
 from schemas.batch import IGNORE, best_fit, collate
+from schemas.config import Score
 from schemas.forward import Opened
 from schemas.loss import batch_losses, losses_of_logits, token_losses
 from schemas.probe import has_linear_head
@@ -34,6 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**SHAPE, "head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 7, "query_pre_attn_scalar": 8},
 }  # fmt: skip
 NOT_LINEAR = {"gemma2"}
+NOT_SDPA = {"gemma2"}  # its soft-capped attention
 
 
 def build(family: str) -> Any:
@@ -50,6 +53,10 @@ def make_windows() -> list[np.ndarray]:
     return [rng.integers(0, VOCABULARY, size=length) for length in (48, 1, 17, 30, 2, 2, 5, 31, 9, 40, 3, 8, 1, 24)]
 
 
+def settings(**fields: Any) -> Score:
+    return Score.model_validate({"model": "", "output": "", "dtype": "float32", **fields})
+
+
 @torch.no_grad()
 def plain(model: Any, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Losses and entropies of one window by the model's own forward and PyTorch's own cross-entropy."""
@@ -60,11 +67,11 @@ def plain(model: Any, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def packed_losses(model: Any, linear: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def shared_losses(model: Any, linear: bool, isolation: Any = "packed") -> list[tuple[np.ndarray, np.ndarray]]:
     windows = make_windows()
     lengths = [len(window) for window in windows]
     batch = collate(windows, best_fit(lengths, ROW), ROW)
-    opened = Opened(module=model, linear=linear, isolation="packed", compute=torch.float32)
+    opened = Opened(module=model, linear=linear, isolation=isolation, compute=torch.float32)
     losses = batch_losses(opened, batch, entropy=True)
     assert losses.entropy is not None
     assert torch.equal(torch.isnan(losses.loss), batch.targets == IGNORE)
@@ -72,14 +79,23 @@ def packed_losses(model: Any, linear: bool) -> list[tuple[np.ndarray, np.ndarray
     return [(loss[1:], entropy[1:]) for loss, entropy in zip(*both, strict=True)]
 
 
+@pytest.mark.parametrize("isolation", ["varlen", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_law_5_packed_losses_and_entropies_are_the_plain_forwards_window_by_window(family: str) -> None:
+def test_law_5_losses_and_entropies_in_shared_rows_are_the_plain_forwards_window_by_window(
+    family: str, isolation: str
+) -> None:
     model = build(family)
     linear = has_linear_head(model)
     assert linear is (family not in NOT_LINEAR)
+    windows = make_windows()
+    expected = [plain(model, window) for window in windows]
+    if isolation == "varlen" and not attention.install(model):
+        assert family in NOT_SDPA
+        return
     spread = []
-    for window, (losses, entropies) in zip(make_windows(), packed_losses(model, linear), strict=True):
-        expected_losses, expected_entropies = plain(model, window)
+    for (losses, entropies), (expected_losses, expected_entropies) in zip(
+        shared_losses(model, linear, isolation), expected, strict=True
+    ):
         np.testing.assert_allclose(losses, expected_losses, atol=TOLERANCE_NATS, rtol=0)
         np.testing.assert_allclose(entropies, expected_entropies, atol=TOLERANCE_NATS, rtol=0)
         spread.append(losses)
@@ -90,7 +106,7 @@ def test_law_5_packed_losses_and_entropies_are_the_plain_forwards_window_by_wind
 def test_law_5_the_linear_head_and_the_finished_logits_give_the_same_losses(family: str) -> None:
     model = build(family)
     for (fast, fast_entropy), (slow, slow_entropy) in zip(
-        packed_losses(model, True), packed_losses(model, False), strict=True
+        shared_losses(model, True), shared_losses(model, False), strict=True
     ):
         np.testing.assert_allclose(fast, slow, atol=TOLERANCE_NATS, rtol=0)
         np.testing.assert_allclose(fast_entropy, slow_entropy, atol=TOLERANCE_NATS, rtol=0)
@@ -102,7 +118,7 @@ def test_law_5_the_engine_gives_the_plain_forwards_losses_whatever_the_batch(tin
     windows = make_windows()
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     for batch_tokens in (1, 150, 10_000):
-        engine = PackedEngine(tiny_model, ROW, "float32", batch_tokens, "cpu", entropy=True)
+        engine = PackedEngine(tiny_model, ROW, settings(batch_tokens=batch_tokens, entropy=True), "cpu")
         for window, scored in zip(windows, engine.score(windows), strict=True):
             assert np.isnan(scored.loss[0]) and scored.entropy is not None and np.isnan(scored.entropy[0])
             expected_losses, expected_entropies = plain(model, window)
@@ -116,7 +132,7 @@ def test_law_5_the_engine_loads_and_scores_families_of_another_build(family: str
 
     model = build(family)
     model.save_pretrained(tmp_path)
-    engine = PackedEngine(tmp_path, ROW, "float32", 200, "cpu")
+    engine = PackedEngine(tmp_path, ROW, settings(batch_tokens=200), "cpu")
     for window, scored in zip(make_windows(), engine.score(make_windows()), strict=True):
         np.testing.assert_allclose(scored.loss[1:], plain(model, window)[0], atol=TOLERANCE_NATS, rtol=0)
 
@@ -126,7 +142,7 @@ def test_a_window_longer_than_the_models_positions_is_an_error_that_names_the_fi
     from score_jobs.engines.packed import PackedEngine
 
     with pytest.raises(UserError, match=r"context\.window: 513.*512"):
-        PackedEngine(tiny_model, 513, "float32", 1024, "cpu")
+        PackedEngine(tiny_model, 513, settings(batch_tokens=1024), "cpu")
 
 
 @pytest.mark.parametrize("cap", [2.0, 30.0])

@@ -51,7 +51,7 @@ RECEIPT = Receipt(
     loss_sum=1.5,
     loss_count=36,
     loss_histogram=[36, 0, 0, 0, 0, 0, 0, 0, 0],
-    engine={"name": "hf-packed"},
+    engine={"name": "hf-varlen"},
     seconds={"read": 0.5},
     canary=[Canary(tokens=[1, 2], ref_loss=[0.25])],
 )

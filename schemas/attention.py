@@ -1,0 +1,177 @@
+"""Attention by explicit boundaries: windows laid end to end see themselves alone, without padding and without a mask.
+
+Transformers lets an attention function be registered by name. Ours is its own SDPA until a forward names the windows'
+boundaries (`cu_seq_lens_q`, the field's word for them); then each window attends to itself, by one kernel that takes
+boundaries where the device has it (`torch.nn.attention.varlen`), else window by window. Whether a model that was given
+it really keeps windows apart is proven when the model is opened (`schemas.probe`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "tokensift_varlen"
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of the one that takes boundaries
+# What a family may ask of its attention beyond ours; the probe then finds another way for it.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+_bounded: ContextVar[bool] = ContextVar("bounded", default=False)
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """While it is entered, models that have our attention make no masks."""
+    token = _bounded.set(True)
+    try:
+        yield
+    finally:
+        _bounded.reset(token)
+
+
+def install(module: Any) -> bool:
+    """Give a model our attention; false if it cannot have it, since its own is not SDPA or is wired in."""
+    if getattr(module.config, "_attn_implementation", None) != "sdpa":
+        return False
+    module.set_attn_implementation(NAME)
+    return module.config._attn_implementation == NAME
+
+
+def remove(module: Any) -> None:
+    """Give a model its SDPA back."""
+    module.set_attn_implementation("sdpa")
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of windows that lie end to end in the rows; SDPA where no boundaries are given.
+
+    query [rows, heads, row_tokens, d], key and value with as many heads or a divisor of them. `cu_seq_lens_q`: int32
+    [windows + 1] tokens before each window and before the end, rows laid end to end; padding is a window as well.
+    `max_length_q`: at least the longest window. Returns [rows, row_tokens, heads, d]. Raises ValueError for what a
+    family asks for and this does not do.
+    """
+    if cu_seq_lens_q is None:
+        found = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **others
+        )
+        return found[0], None
+    asked = [name for name in UNSUPPORTED if others.get(name) is not None]
+    if asked or attention_mask is not None or others.get("is_causal") is False or key.shape[2] != query.shape[2]:
+        raise ValueError(f"attention by boundaries does not do {asked or 'masks'}")
+    rows, heads, row_tokens, _ = query.shape
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    if query.is_cuda and query.dtype in KERNEL_DTYPES and not dropout:
+        found = _by_kernel(*flat, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    elif torch.is_grad_enabled():
+        found = _window_by_window(*flat, cu_seq_lens_q, dropout, scaling, sliding_window)
+    else:
+        found = _opaque(*flat, cu_seq_lens_q, scaling, sliding_window)
+    return found.view(rows, row_tokens, heads, -1), None
+
+
+def _by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """[tokens, heads, d] each; one call for all windows."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+
+    return varlen_attn(
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(sliding_window - 1 if sliding_window else -1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # type: ignore[return-value]
+
+
+@torch.compiler.disable
+def _window_by_window(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    dropout: float,
+    scale: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """[tokens, heads, d] each; a call a window, none of which sees more than its own slice."""
+    pieces: list[torch.Tensor] = []
+    for start, end in pairwise(bounds.tolist()):
+        own = [tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value)]
+        band = (
+            _band(end - start, sliding_window, query.device)
+            if sliding_window and end - start > sliding_window
+            else None
+        )
+        found = scaled_dot_product_attention(
+            *own,
+            attn_mask=band,
+            dropout_p=dropout,
+            is_causal=band is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        pieces.append(found[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+@torch.library.custom_op("tokensift::window_by_window", mutates_args=())
+def _opaque(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    scale: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """The same in one piece for a compiler, which would else cut a layer in two here; without gradients."""
+    return _window_by_window(query, key, value, bounds, 0.0, scale, sliding_window)
+
+
+@_opaque.register_fake
+def _(query: torch.Tensor, _key: Any, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(*query.shape[:2], value.shape[2])
+
+
+def _band(length: int, sliding_window: int, device: torch.device) -> torch.Tensor:
+    """Bool [length, length]: each token sees itself and the `sliding_window` - 1 before it."""
+    places = torch.arange(length, device=device)
+    behind = places[:, None] - places[None, :]
+    return (behind >= 0) & (behind < sliding_window)
+
+
+def _mask(*arguments: Any, **named: Any) -> torch.Tensor | None:
+    return None if _bounded.get() else sdpa_mask(*arguments, **named)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, _mask)

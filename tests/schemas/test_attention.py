@@ -1,0 +1,114 @@
+"""Attention by boundaries: each window sees itself alone, whatever lies beside it, forward and backward."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from schemas import attention
+from schemas.batch import collate
+from schemas.config import Score
+from schemas.forward import Opened, forward
+from score_jobs.engines.packed import PackedEngine
+
+VOCABULARY = 64
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 1,
+         "pad_token_id": 0}  # fmt: skip
+LENGTHS = (9, 1, 14, 3, 6)
+ROWS = [[0, 1], [2], [3, 4]]
+
+
+def build(family: str = "llama", **fields: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE, **fields), dtype=torch.float32).eval()
+
+
+def windows() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(2, VOCABULARY, size=length) for length in LENGTHS]
+
+
+def opened(model: Any) -> Opened:
+    return Opened(module=model, linear=False, isolation="varlen", compute=torch.float32)
+
+
+@pytest.mark.parametrize("fields", [{}, {"family": "mistral", "sliding_window": 4}], ids=["causal", "sliding"])
+def test_gradients_are_those_of_the_plain_forward_of_each_window_alone(fields: dict[str, Any]) -> None:
+    model, own = build(**fields), windows()
+    for ids in own:
+        tokens = torch.from_numpy(ids)
+        if len(ids) > 1:
+            cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum").backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert attention.install(model)
+    batch = collate(own, ROWS)
+    logits = forward(opened(model), batch)
+    cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum").backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=2e-4, rtol=1e-4)
+
+
+def test_a_windows_logits_do_not_change_by_a_bit_when_its_neighbours_do() -> None:
+    model, own = build(), windows()
+    attention.install(model)
+    other = [own[0], *[(ids + 7) % VOCABULARY for ids in own[1:]]]
+    with torch.no_grad():
+        one, two = (forward(opened(model), collate(ids, ROWS))[0, : LENGTHS[0]] for ids in (own, other))
+    assert torch.equal(one, two)
+
+
+def test_without_boundaries_a_model_is_its_sdpa_padding_and_cache_included() -> None:
+    model = build()
+    ids = torch.from_numpy(np.stack([windows()[2], windows()[2][::-1].copy()]))
+    seen = torch.ones_like(ids)
+    seen[0, :5] = 0  # padded on the left, as for generation
+    before = (
+        model(ids, attention_mask=seen).logits,
+        model.generate(ids, attention_mask=seen, max_new_tokens=6, do_sample=False),
+    )
+    assert attention.install(model)
+    after = (
+        model(ids, attention_mask=seen).logits,
+        model.generate(ids, attention_mask=seen, max_new_tokens=6, do_sample=False),
+    )
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    attention.remove(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_saved_model_does_not_name_our_attention(tmp_path: Path) -> None:
+    model = build()
+    attention.install(model)
+    model.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("asked", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"is_causal": False}])
+def test_what_a_family_asks_of_attention_beyond_ours_is_an_error_not_left_out(asked: dict[str, Any]) -> None:
+    query = torch.randn(1, 4, 5, 8)
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="does not do"):
+        attention.attend(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=bounds, max_length_q=8, **asked)
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_gives_the_same_losses_and_the_same_bytes_whatever_came_first(tiny_model: Path) -> None:
+    torch._dynamo.reset()
+    own = [ids % 60 for ids in windows()]
+    settings = {"model": "", "output": "", "dtype": "float32", "batch_tokens": 32}
+    plain = PackedEngine(tiny_model, 16, Score.model_validate(settings), "cpu").score(own)
+    compiled = [
+        PackedEngine(tiny_model, 16, Score.model_validate({**settings, "compile": True}), "cpu") for _ in range(2)
+    ]
+    compiled[1].score(own[:1])
+    first, second = (engine.score(own) for engine in compiled)
+    assert compiled[0].describe()["compiled"] is True
+    for one, two, other in zip(plain, first, second, strict=True):
+        np.testing.assert_allclose(one.loss, two.loss, atol=1e-4, rtol=0)
+        assert np.array_equal(two.loss, other.loss, equal_nan=True)

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from schemas.config import Context, Corpus
+from schemas.config import Context, Corpus, Score
 from schemas.models import open_tokenizer
 from schemas.window import encode_documents
 from score_jobs.corpus import Document, read_documents
@@ -38,7 +38,8 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     windows = read(corpus or ["runs/demo/data/corpus/*"], model, documents, window)
     tokens = sum(map(len, windows))
-    engine = PackedEngine(model, window, dtype, batch_tokens, device)
+    fields = {"model": str(model), "output": "", "dtype": dtype, "batch_tokens": batch_tokens}
+    engine = PackedEngine(model, window, Score.model_validate(fields), device)
     engine.score(windows[:2])
     plain, plain_seconds = timed(lambda: [one_by_one(engine.model.module, ids, device) for ids in windows])
     packed, packed_seconds = timed(lambda: [scored.loss for scored in engine.score(windows)])

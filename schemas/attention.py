@@ -77,13 +77,13 @@ def attend(
     if asked or attention_mask is not None or others.get("is_causal") is False or key.shape[2] != query.shape[2]:
         raise ValueError(f"attention by boundaries does not do {asked or 'masks'}")
     rows, heads, row_tokens, _ = query.shape
-    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     if query.is_cuda and query.dtype in KERNEL_DTYPES and not dropout:
-        found = _by_kernel(*flat, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+        found = _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     elif torch.is_grad_enabled():
-        found = _window_by_window(*flat, cu_seq_lens_q, dropout, scaling, sliding_window)
+        found = _uncompiled(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window)
     else:
-        found = _opaque(*flat, cu_seq_lens_q, scaling, sliding_window)
+        found = _opaque(query, key, value, cu_seq_lens_q, scaling, sliding_window)
     return found.view(rows, row_tokens, heads, -1), None
 
 
@@ -113,7 +113,6 @@ def _by_kernel(
     )  # type: ignore[return-value]
 
 
-@torch.compiler.disable
 def _window_by_window(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -142,6 +141,9 @@ def _window_by_window(
         )
         pieces.append(found[0].transpose(0, 1))
     return torch.cat(pieces)
+
+
+_uncompiled: Any = torch.compiler.disable(_window_by_window)
 
 
 @torch.library.custom_op("tokensift::window_by_window", mutates_args=())

@@ -7,6 +7,7 @@ chunk by chunk, so that no [tokens, vocab] float32 tensor is kept.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ def project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _narrow_factors() -> Iterator[None]:
     """Float32 products on a CPU may round their factors to bfloat16: for such as hold bfloat16 values that is exact."""
-    setting = torch.backends.mkldnn.matmul
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from schemas.batch import Place, collate, gather
 from schemas.config import Score
@@ -53,7 +54,7 @@ class PackedEngine:
         batch = collate(windows, [[next(numbers) for _ in row] for row in rows], self.row_tokens)
         try:
             return batch.places, batch_losses(self.model, batch.to(self.device), self.entropy)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             raise UserError(f"score.compile: {first_line(error)}", "set it to false, or install a compiler") from error
 
     def describe(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class ScoringJob:
         finally:
             sys.stdout.flush()
             threading._shutdown()  # type: ignore[attr-defined]
-            atexit._run_exitfuncs()
+            atexit._run_exitfuncs()  # type: ignore[attr-defined]
             os._exit(status if isinstance(status, int) else int(status is not None))
 
     def poll(self) -> int | None:

@@ -211,9 +211,12 @@ class Actor:
 class Cluster:
     """The Ray we run on: joined or our own, watched for its end."""
 
-    def __init__(self, keeper: Keeper | None, ours: bool):
-        """`keeper` holds the processes of a Ray that we started; `ours` says whether to leave it at the end."""
-        self.keeper, self.ours = keeper, ours
+    def __init__(self, keeper: Keeper | None, ours: bool, starter: ThreadPoolExecutor | None = None):
+        """`keeper` holds the processes of a Ray that we started; `ours` says whether to leave it at the end.
+
+        `starter`: the thread that started them, and with which the kernel would kill them.
+        """
+        self.keeper, self.ours, self.starter = keeper, ours, starter
         self.heard = time.monotonic()
         self.stop = threading.Event()
         if keeper is None:  # its processes cannot be seen from here, so it is asked
@@ -246,6 +249,8 @@ class Cluster:
             ray.shutdown()
         if self.keeper:
             self.keeper.close()
+        if self.starter:
+            self.starter.shutdown(wait=False)
 
 
 def _start(score: Score) -> Cluster:
@@ -263,7 +268,7 @@ def _start(score: Score) -> Cluster:
         if ":" in (place := (score.address or "").removeprefix("ray://")):  # Ray itself would try for minutes
             host, port = place.rsplit(":", 1)
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-        _init(keeper, address="local" if local else score.address, **size)
+        starter = _init(keeper, address="local" if local else score.address, **size)
     except Exception as error:  # a Ray that dies while it starts raises no class of its own
         if keeper:
             keeper.close()
@@ -274,14 +279,13 @@ def _start(score: Score) -> Cluster:
             f"score.address: `{score.address}`: no Ray cluster after {waited:.0f} s ({first_line(error)})",
             "start one with `ray start --head`, or set score.address: null for a local one",
         ) from error
-    return Cluster(keeper, ours=True)
+    return Cluster(keeper, ours=True, starter=starter)
 
 
-def _init(keeper: Keeper | None, **options: Any) -> None:
-    """`ray.init`, left as soon as a Ray of our own dies: it would wait for a minute, then end this process."""
-    starting = ThreadPoolExecutor(1)
-    begun = starting.submit(ray.init, log_to_driver=False, logging_level=logging.CRITICAL, **options)
-    starting.shutdown(wait=False)
+def _init(keeper: Keeper | None, **options: Any) -> ThreadPoolExecutor:
+    """`ray.init` in a thread, left as soon as a Ray of our own dies: it would wait for a minute, then end this process."""
+    starter = ThreadPoolExecutor(1)
+    begun = starter.submit(ray.init, log_to_driver=False, logging_level=logging.CRITICAL, **options)
     interrupt: KeyboardInterrupt | None = None
     while not begun.done():
         try:
@@ -293,7 +297,9 @@ def _init(keeper: Keeper | None, **options: Any) -> None:
             raise Stranded(f"Ray's {dead} died while it started", GO_ON)
     begun.result()
     if interrupt:
+        Cluster(keeper, ours=True, starter=starter).close()
         raise interrupt
+    return starter
 
 
 def _refuse_what_no_node_has(score: Score) -> None:

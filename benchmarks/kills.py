@@ -49,7 +49,7 @@ CLUSTER_ENDS = {"driver": {KILLED, DONE}, "worker": {DONE}, "stopped worker": {D
 COMMANDS = {"worker": ("ray::Actor",), "agent": ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "/agent.py", "/agent/")}
 SEVERAL = {"worker": 3, "node": 2}  # strikes of one job that goes on
 COUNTS = ("trials", "strikes", "differences", "hangs", "orphans", "failures")
-HANG_SECONDS, ORPHAN_SECONDS = 60.0, 30.0
+HANG_SECONDS, ORPHAN_SECONDS = 60.0, 30.0  # more where the job goes on: four times what it takes alone
 UNIT_SECONDS = 5.0  # after which a stopped worker is given up
 CLUSTER = """
 import sys
@@ -261,19 +261,18 @@ class Campaign:
             self.output,
             (*settings, f"score.workers={2 if kind in CLUSTER_ENDS and kind != 'driver' else 1}"),
         )
-        parts = cluster.family if cluster else job.family
+        parts, ends = cluster.family if cluster else job.family, CLUSTER_ENDS if cluster else ENDS
         try:
             for _ in range(self.rng.randint(1, SEVERAL.get(kind, 1))):
-                job.wait(HANG_SECONDS, self.moment())
+                job.wait(HANG_SECONDS + 4 * self.seconds, self.moment())
                 while job.poll() is None and not self.strike(job, kind, parts, cluster):
                     time.sleep(0.02)
                 found["strikes"] += job.poll() is None or job.status == KILLED
-            status = job.wait(HANG_SECONDS)
+            status = job.wait(HANG_SECONDS + (4 * self.seconds if DONE in ends[kind] and len(ends[kind]) == 1 else 0))
             found["hangs"] += status is None
             found["orphans"] += self.orphans(parts, cluster) if status is not None else 0
         finally:
             printed = job.destroy()
-        ends = CLUSTER_ENDS if cluster else ENDS
         found["failures"] += (status is not None and status not in ends[kind]) or "Traceback" in printed
         found["differences"] += not self.right(status == DONE)
         if any(found[count] for count in COUNTS[2:]):
@@ -381,6 +380,7 @@ def main() -> None:
             found = campaign.trial(kind, cluster if clustered else None)
             row = table.setdefault(f"{kind}{' of a cluster' if clustered else ''}", dict.fromkeys(COUNTS, 0))
             row.update({count: row[count] + found[count] for count in COUNTS})
+            print(f"{number + 1}: {kind}, {found['strikes']} strikes, {campaign.number} corpora finished", flush=True)
             if number % 20 == 19:
                 show(table)
     except KeyboardInterrupt:

@@ -3,7 +3,8 @@
 import itertools
 import shutil
 import threading
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from schemas.receipt import Layout
 from schemas.shard import Window, encode_shard, open_shard, read_windows, shard_metadata
 from tests.helpers import edit_sealed
 from trainer.data import MemoryWindows, Placed, ScoreShards, ordered
-from trainer.stream import Geometry, Order, chance, prefetched, steps
+from trainer.stream import PREFETCHED_STEPS, Geometry, Order, chance, prefetched, steps
 
 COLUMNS = ("ref_loss", "chance")
 DRAWS = [0.35062307119369507, 0.011344730854034424, 0.9373747110366821]  # of seed 2, epoch 1, window 7
@@ -169,13 +170,45 @@ def test_the_controls_draws_are_the_same_float32_in_every_run_and_version():
     np.testing.assert_array_equal(drawn, np.array(DRAWS, dtype=np.float32))
 
 
-def test_a_prefetched_stream_that_is_closed_leaves_no_thread(source):
+@pytest.fixture
+def counted(source):
+    """A stream without end whose items have numbers, the list of those that were made, and a wait for the next to be."""
+    made = []
+    step = take(source, Geometry(8, 64, 8), count=1)[0]
+
+    def stream():
+        for number in itertools.count():
+            made.append(number)
+            yield replace(step, position=number)
+
+    def until_full():
+        while len(made) < 2 + PREFETCHED_STEPS:  # one given, the queue full, and one more that waits for room
+            time.sleep(0.01)
+        time.sleep(0.3)  # longer than a try to find room
+
+    return stream(), made, until_full
+
+
+def test_a_prefetched_stream_that_is_closed_while_it_waits_leaves_no_thread(counted):
+    stream, _, until_full = counted
     before = set(threading.enumerate())
-    stream = prefetched(steps(Order(source, 0, 2, COLUMNS), Geometry(8, 64, 8), 0))
-    next(stream)
+    fetched = prefetched(stream)
+    next(fetched)
     (thread,) = set(threading.enumerate()) - before
-    stream.close()
+    assert thread.daemon  # an interpreter that dies of an error does not wait for it
+    until_full()
+    fetched.close()
     assert not thread.is_alive()
+
+
+def test_a_prefetched_stream_loses_nothing_to_a_slow_consumer_and_runs_no_further_ahead_than_it_says(counted):
+    stream, made, until_full = counted
+    fetched = prefetched(stream)
+    assert next(fetched).position == 0
+    until_full()
+    assert len(made) == 2 + PREFETCHED_STEPS
+    assert [next(fetched).position for _ in range(9)] == list(range(1, 10))
+    fetched.close()
 
 
 def test_prefetching_changes_nothing_and_hands_errors_on(source):

@@ -28,7 +28,9 @@ for line in sys.stdin.read().splitlines():
 class Keeper:
     """Watches the descendants of this process from now on."""
 
-    def __init__(self) -> None:
+    def __init__(self, vital: tuple[str, ...] = ()) -> None:
+        """`vital`: names of the children without which nothing goes on, once they are there."""
+        self.names = vital
         self.vital: dict[psutil.Process, str] = {}
         self.known: set[psutil.Process] = set()
         # A session of its own: what kills the driver's group must not kill who cleans up after it.
@@ -36,14 +38,13 @@ class Keeper:
             [sys.executable, "-c", WATCH], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
 
-    def watch(self, vital: tuple[str, ...]) -> None:
-        """`vital`: names of the processes, running now, without which nothing goes on."""
-        self._learn()
-        self.vital = {process: process.name() for process in self.known if process.name() in vital}
-
     def missing(self) -> str:
         """The name of a vital process that has ended, or an empty text."""
         self._learn()
+        for child in psutil.Process().children():  # what these fork bears their name for a moment
+            with suppress(psutil.Error):
+                if child.name() in self.names:
+                    self.vital[child] = child.name()
         return next((name for process, name in self.vital.items() if not _lives(process)), "")
 
     def close(self) -> None:

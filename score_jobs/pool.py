@@ -211,9 +211,12 @@ class Actor:
 class Cluster:
     """The Ray we run on: joined or our own, watched for its end."""
 
-    def __init__(self, keeper: Keeper | None, ours: bool):
-        """`keeper` holds the processes of a Ray that we started; `ours` says whether to leave it at the end."""
-        self.keeper, self.ours = keeper, ours
+    def __init__(self, keeper: Keeper | None, ours: bool, starter: ThreadPoolExecutor | None = None):
+        """`keeper` holds the processes of a Ray that we started; `ours` says whether to leave it at the end.
+
+        `starter`: the thread that started them, and with which the kernel would kill them.
+        """
+        self.keeper, self.ours, self.starter = keeper, ours, starter
         self.heard = time.monotonic()
         self.stop = threading.Event()
         if keeper is None:  # its processes cannot be seen from here, so it is asked
@@ -246,6 +249,8 @@ class Cluster:
             ray.shutdown()
         if self.keeper:
             self.keeper.close()
+        if self.starter:
+            self.starter.shutdown(wait=False)
 
 
 def _start(score: Score) -> Cluster:
@@ -258,25 +263,43 @@ def _start(score: Score) -> Cluster:
     if local:
         size = {"num_cpus": score.workers * score.cpus_per_worker, "include_dashboard": False}
         size |= {} if score.gpus_per_worker else {"num_gpus": 0}
-    start, keeper = time.monotonic(), Keeper() if local else None
+    start, keeper = time.monotonic(), Keeper(("gcs_server", "raylet")) if local else None
     try:
         if ":" in (place := (score.address or "").removeprefix("ray://")):  # Ray itself would try for minutes
             host, port = place.rsplit(":", 1)
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-        ray.init(
-            address="local" if local else score.address, log_to_driver=False, logging_level=logging.CRITICAL, **size
-        )
+        starter = _init(keeper, address="local" if local else score.address, **size)
     except Exception as error:  # a Ray that dies while it starts raises no class of its own
         if keeper:
             keeper.close()
+        if isinstance(error, Stranded):
+            raise
         waited = time.monotonic() - start
         raise UserError(
             f"score.address: `{score.address}`: no Ray cluster after {waited:.0f} s ({first_line(error)})",
             "start one with `ray start --head`, or set score.address: null for a local one",
         ) from error
-    if keeper:
-        keeper.watch(("gcs_server", "raylet"))
-    return Cluster(keeper, ours=True)
+    return Cluster(keeper, ours=True, starter=starter)
+
+
+def _init(keeper: Keeper | None, **options: Any) -> ThreadPoolExecutor:
+    """`ray.init` in a thread, left as soon as a Ray of our own dies: it would wait for a minute, then end this process."""
+    starter = ThreadPoolExecutor(1)
+    begun = starter.submit(ray.init, log_to_driver=False, logging_level=logging.CRITICAL, **options)
+    interrupt: KeyboardInterrupt | None = None
+    while not begun.done():
+        try:
+            wait([begun], POLL_SECONDS)
+        except KeyboardInterrupt as error:  # nothing can end a Ray that is half started
+            interrupt = error
+        # A start that fails by itself ends what it began, and says why soon after.
+        if keeper and (dead := keeper.missing()) and not wait([begun], 10 * POLL_SECONDS).done:
+            raise Stranded(f"Ray's {dead} died while it started", GO_ON)
+    begun.result()
+    if interrupt:
+        Cluster(keeper, ours=True, starter=starter).close()
+        raise interrupt
+    return starter
 
 
 def _refuse_what_no_node_has(score: Score) -> None:

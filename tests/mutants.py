@@ -63,8 +63,8 @@ def mutate(module: Path) -> None:
     run = mutmut("run", "--max-children", "1")
     lines = [line.strip().rpartition(": ") for line in mutmut("results", "--all", "true").splitlines() if ": " in line]
     counts = Counter(status for _, _, status in lines)
-    if not counts:
-        sys.exit(f"{module}: nothing ran\n{run[-3000:]}")
+    if not counts or counts["not checked"]:
+        sys.exit(f"{module}: its tests did not run through\n{run[-3000:]}")
     for name, _, status in lines:
         if status not in ("killed", "timeout"):
             print(f"--- {status}: {name}\n{mutmut('show', name).strip()}\n")

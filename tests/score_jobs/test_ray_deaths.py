@@ -61,6 +61,19 @@ def test_a_killed_daemon_of_a_local_ray_ends_the_job_with_a_message_and_the_next
     assert len(receipts(config)) > kept
 
 
+@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
+def test_a_daemon_that_dies_while_ray_starts_ends_the_job_with_a_message_and_nothing_stays(
+    world: tuple[Config, Path], start: Callable[..., Job], daemon: str
+) -> None:
+    job = start(world[1])
+    job.until(lambda: named(job, daemon))
+    named(job, daemon)[0].kill()
+    status, output = job.end()
+    assert status == 2 and "Traceback" not in output, output
+    assert f"Ray's {daemon} died while it started" in output or "no Ray cluster after" in output, output
+    assert not job.survivors()
+
+
 def test_a_stopped_worker_is_given_up_after_its_deadline_and_its_unit_is_scored_by_another(
     world: tuple[Config, Path], whole: dict[str, bytes], start: Callable[..., Job]
 ) -> None:

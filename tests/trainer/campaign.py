@@ -130,13 +130,13 @@ class Campaign:
         for _ in range(trials):
             self.trial(kill, attempts=rng.choice([1, 1, 2]))
 
-    def every_step(self, stride=1, first=1):
-        """Die before, then after, every `stride`th durable step of the run, until one has no such step."""
-        for when in ("before", "after"):
-            number = first
-            while self.trial(lambda pids: None, deadly=(number, when)):
-                number += stride
-        return self.counts["killed"]
+    def every_step(self, stride=1, first=1, until=float("inf")):
+        """Die before and after every `stride`th durable step of the run, until it has no such step or time is up."""
+        number = first
+        while time.monotonic() < until and self.trial(lambda pids: None, deadly=(number, "before")):
+            self.trial(lambda pids: None, deadly=(number, "after"))
+            number += stride
+        self.counts["steps"] = number - 1
 
 
 def die_at(number, when):
@@ -175,13 +175,14 @@ def main():
     parser.add_argument("--stride", type=int, default=0)
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further step is tried")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    campaign = Campaign(asked.folder, asked.ranks)
+    campaign, started = Campaign(asked.folder, asked.ranks), time.monotonic()
     campaign.whole()
     campaign.random_moments(asked.trials, asked.seed)
     if asked.stride:
-        campaign.every_step(asked.stride, asked.first)
+        campaign.every_step(asked.stride, asked.first, started + asked.minutes * 60)
     print(json.dumps(campaign.counts | {"seconds": round(campaign.seconds, 2), "rows": len(campaign.expected[0])}))
 
 

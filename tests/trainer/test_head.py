@@ -52,3 +52,37 @@ def test_what_the_forward_keeps_in_bfloat16_costs_the_gradient_nothing_beside_it
         found = torch.autograd.grad(KeptLoss.apply(*rounded, targets, lambda losses: mask)[0], rounded)
         for one, other in zip(found, wanted, strict=True):
             assert float((one.float() - other).abs().max() / other.abs().max()) < 0.01
+
+
+def test_the_choice_is_made_by_losses_that_are_a_cross_entropys_and_carry_no_gradient():
+    hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    targets = torch.tensor([3, -100, 6, 0, 1, -100, 2, 5, 4, 0])
+    seen = []
+
+    def choose(losses):
+        seen.append(losses)
+        return losses > 1.0
+
+    total, losses, mask = KeptLoss.apply(hidden, weight, targets, choose)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="none")
+    expected = torch.where(targets == -100, torch.nan, expected.detach())
+    torch.testing.assert_close(seen[0], expected, equal_nan=True)
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+    assert torch.equal(mask, expected > 1.0) and 0 < int(mask.sum()) < 8
+    assert total.requires_grad and not losses.requires_grad and not mask.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("short", [0, 1])
+def test_rows_are_projected_once_if_their_logits_fit_else_the_kept_ones_again_and_few_at_a_time(
+    monkeypatch, dtype, short
+):
+    hidden = torch.randn(300, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(50, 8, dtype=dtype, requires_grad=True)
+    sizes, real = [], trainer.head.project
+    monkeypatch.setattr(trainer.head, "project", lambda rows, weight: (sizes.append(len(rows)), real(rows, weight))[1])
+    monkeypatch.setattr(trainer.head, "CHUNK_TOKENS", 128)
+    monkeypatch.setattr(trainer.head, "KEPT_BYTES", 300 * 50 * dtype.itemsize - short)
+    mask = torch.arange(300) < 140
+    KeptLoss.apply(hidden, weight, torch.zeros(300, dtype=torch.int64), lambda losses: mask)[0].backward()
+    assert sizes == [128, 128, 44] + [128, 12] * short

@@ -2,7 +2,9 @@
 
 import itertools
 import shutil
-from dataclasses import asdict
+import threading
+import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,17 +15,38 @@ import torch
 from schemas.batch import IGNORE
 from schemas.errors import UserError
 from schemas.receipt import Layout
-from schemas.shard import encode_shard, open_shard, read_windows, shard_metadata
+from schemas.shard import Window, encode_shard, open_shard, read_windows, shard_metadata
 from tests.helpers import edit_sealed
-from trainer.data import MemoryWindows, ScoreShards, ordered
-from trainer.stream import Geometry, Order, chance, prefetched, steps
+from trainer.data import MemoryWindows, Placed, ScoreShards, ordered
+from trainer.stream import PREFETCHED_STEPS, Geometry, Order, chance, prefetched, steps
 
 COLUMNS = ("ref_loss", "chance")
+DRAWS = [0.35062307119369507, 0.011344730854034424, 0.9373747110366821]  # of seed 2, epoch 1, window 7
+
+
+class Scored:
+    """Windows of 1 to 64 random tokens with random losses, in groups of unequal size."""
+
+    def __init__(self):
+        rng = np.random.default_rng(5)
+        lengths = [[int(rng.integers(1, 65)) for _ in range(size)] for size in (9, 1, 14, 7, 11, 3, 12)]
+        self.groups = [[self.window(rng, length) for length in group] for group in lengths]
+        self.group_sizes = np.array([len(group) for group in self.groups])
+        self.fingerprint = "scored"
+
+    @staticmethod
+    def window(rng, length):
+        losses = rng.normal(size=length).astype(np.float16)
+        losses[0] = np.nan
+        return Window(doc_id="#", index=0, tokens=rng.integers(2, 512, length), ref_loss=losses)
+
+    def read(self, group):
+        return self.groups[group]
 
 
 @pytest.fixture
-def source(scores):
-    return ScoreShards(scores.score.output)
+def source():
+    return Scored()
 
 
 def keys(source, seed, position, count):
@@ -110,7 +133,8 @@ def test_the_control_draws_by_seed_epoch_and_window_whatever_the_packing(source)
 
 def test_a_column_that_the_scores_lack_is_one_clear_error():
     source = MemoryWindows([np.arange(5), np.arange(9)])
-    with pytest.raises(UserError, match="ref_loss"):
+    message = r"^train\.objective: needs the column `ref_loss`, which these scores do not have; score it$"
+    with pytest.raises(UserError, match=message):
         next(steps(Order(source, 0, 1, ("ref_loss",)), Geometry(1, 16, 1), 0))
 
 
@@ -118,6 +142,73 @@ def test_windows_that_cannot_share_a_row_stand_alone(source):
     step = take(source, Geometry(8, 64, 4, alone=True), count=1)[0]
     assert [len(micro.batch.places) for micro in step.micros] == [4, 4]
     assert [micro.counts for micro in step.micros] == [[n - 1 for n in micro.batch.lengths] for micro in step.micros]
+
+
+def test_a_step_counts_its_real_tokens_and_its_padding(source):
+    for step in take(source, Geometry(8, 64, 2), count=2):
+        places = [place for micro in step.micros for place in micro.batch.places]
+        columns = [int((micro.batch.owner < 0).sum()) for micro in step.micros]
+        assert step.tokens == sum(place.length for place in places) == 8 * 64 - sum(columns)
+        assert step.padding == pytest.approx(sum(columns) / (8 * 64))
+
+
+def test_a_micro_batch_moves_whole(source):
+    micro = take(source, Geometry(8, 64, 4), count=1)[0].micros[0]
+    moved = micro.to(torch.device("meta"))
+    assert {values.device.type for values in moved.columns.values()} == {moved.batch.ids.device.type} == {"meta"}
+    assert list(moved.columns) == list(COLUMNS) and moved.counts == micro.counts
+    stayed = micro.to(torch.device("cpu"))
+    for name in COLUMNS:
+        torch.testing.assert_close(stayed.columns[name], micro.columns[name], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(stayed.batch.ids, micro.batch.ids)
+
+
+def test_the_controls_draws_are_the_same_float32_in_every_run_and_version():
+    placed = Placed(epoch=1, key=7, window=Window(doc_id="#", index=0, tokens=np.arange(3), ref_loss=None))
+    drawn = chance(2, placed)
+    assert drawn.dtype == np.float32
+    np.testing.assert_array_equal(drawn, np.array(DRAWS, dtype=np.float32))
+
+
+@pytest.fixture
+def counted(source):
+    """A stream without end whose items have numbers, the list of those that were made, and a wait for the next to be."""
+    made = []
+    step = take(source, Geometry(8, 64, 8), count=1)[0]
+
+    def stream():
+        for number in itertools.count():
+            made.append(number)
+            yield replace(step, position=number)
+
+    def until_full():
+        while len(made) < 2 + PREFETCHED_STEPS:  # one given, the queue full, and one more that waits for room
+            time.sleep(0.01)
+        time.sleep(0.3)  # longer than a try to find room
+
+    return stream(), made, until_full
+
+
+def test_a_prefetched_stream_that_is_closed_while_it_waits_leaves_no_thread(counted):
+    stream, _, until_full = counted
+    before = set(threading.enumerate())
+    fetched = prefetched(stream)
+    next(fetched)
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.daemon  # an interpreter that dies of an error does not wait for it
+    until_full()
+    fetched.close()
+    assert not thread.is_alive()
+
+
+def test_a_prefetched_stream_loses_nothing_to_a_slow_consumer_and_runs_no_further_ahead_than_it_says(counted):
+    stream, made, until_full = counted
+    fetched = prefetched(stream)
+    assert next(fetched).position == 0
+    until_full()
+    assert len(made) == 2 + PREFETCHED_STEPS
+    assert [next(fetched).position for _ in range(9)] == list(range(1, 10))
+    fetched.close()
 
 
 def test_prefetching_changes_nothing_and_hands_errors_on(source):

@@ -3,15 +3,18 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
-from schemas.config import Config
+from schemas.config import Config, Score
 from schemas.errors import UserError
 from schemas.fingerprint import dataset_fingerprint, difference
 from schemas.lock import locked
 from schemas.models import local_model, open_tokenizer
 from schemas.receipt import Layout, Receipt, read_dataset, read_receipts, write_complete, write_dataset
+from score_jobs.inputs import ShardError
 from score_jobs.plan import Plan, Unit, plan
 from score_jobs.quarantine import Tally, refuse_quarantine
+from score_jobs.survey import Surveyed, survey_here
 from score_jobs.worker import Job
 
 EARLY_DOCUMENTS = 500  # after so many a job of broken losses is stopped, not only at its end
@@ -55,7 +58,8 @@ def score(config: Config, report: Callable[[Progress], None] = lambda progress: 
             progress.note = f"survey, {done} of {total} shards"
             report(progress)
 
-        planned = plan(config.corpus, job.fingerprint, config.score.unit_bytes, inventory, surveyed)
+        surveyor = survey_here if config.score.address is None else partial(_survey_there, config.score)
+        planned = plan(config.corpus, job.fingerprint, config.score.unit_bytes, inventory, surveyed, surveyor)
         receipts = read_receipts(layout)
         _refuse_changed_corpus(layout, receipts, planned)
         todo = [unit for unit in planned.units if unit.name not in receipts]
@@ -68,6 +72,12 @@ def score(config: Config, report: Callable[[Progress], None] = lambda progress: 
         if not outcome.missing:
             write_complete(layout, [unit.name for unit in planned.units])
         return outcome
+
+
+def _survey_there(score: Score, urls: list[str], found: Callable[[str, Surveyed | ShardError], None]) -> None:
+    from score_jobs.pool import survey_on_cluster  # Ray, which a corpus that did not change does not need
+
+    survey_on_cluster(score, urls, found)
 
 
 def _score_units(

@@ -1,6 +1,7 @@
 """The plan: which units a corpus makes, named from input bytes and settings."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from schemas.errors import UserError
 from schemas.fingerprint import digest
 from schemas.seal import seal, unseal
 from schemas.store import write_atomic
-from score_jobs.corpus import ShardError, Surveyed, survey, text_column_problem, version_of
 from score_jobs.files import resolve
+from score_jobs.inputs import ShardError, version_of
+from score_jobs.lines import START, Mark
+from score_jobs.survey import Surveyed, survey_here
+from score_jobs.tables import text_column_problem
 
-SURVEY_THREADS = 8
+VERSION_THREADS = 8
 # Bounds of a unit, which no text reaches: text unpacks to some 4 times its bytes, and 64 MB of it are 100,000 pages.
 MAX_UNPACKING = 16
 MAX_UNIT_DOCUMENTS = 1_000_000
@@ -26,7 +30,10 @@ MAX_UNIT_DOCUMENTS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Rows `first` to `end` (exclusive) of one shard: the least work that a crash can cost."""
+    """Rows `first` to `end` (exclusive) of one shard: the least work that a crash can cost.
+
+    `mark`: where in the shard reading may begin.
+    """
 
     name: str
     url: str
@@ -34,6 +41,7 @@ class Unit:
     first: int
     end: int
     input_bytes: int
+    mark: Mark = START
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +61,17 @@ class Entry:
 
 
 _INVENTORY = TypeAdapter(dict[str, Entry])
+# Surveys shards, each once, and tells what it found of each.
+Surveyor = Callable[[list[str], Callable[[str, Surveyed | ShardError], None]], None]
 
 
 def plan(
-    corpus: Corpus, fingerprint: dict[str, Any], unit_bytes: int, inventory: Path, progress: Callable[[int, int], None]
+    corpus: Corpus,
+    fingerprint: dict[str, Any],
+    unit_bytes: int,
+    inventory: Path,
+    progress: Callable[[int, int], None],
+    surveyor: Surveyor = survey_here,
 ) -> Plan:
     """Survey the corpus's shards and cut them into units.
 
@@ -64,36 +79,58 @@ def plan(
     UserError if no shard at all has the text column.
     """
     urls = resolve(corpus)
-    known = _read_inventory(inventory)
+    entries = _entries(urls, inventory, progress, surveyor)
     settings = digest(fingerprint)
     units: list[Unit] = []
     broken: list[str] = []
     without_text: list[str] = []
-    with ThreadPoolExecutor(SURVEY_THREADS) as pool:
-        entries = pool.map(lambda url: _survey_once(url, known.get(url)), urls)
-        for done, (url, entry) in enumerate(zip(urls, entries, strict=True), 1):
-            progress(done, len(urls))
-            if isinstance(entry, ShardError):
-                broken.append(str(entry))
-                continue
-            known[url] = entry
-            problem = url.endswith(".parquet") and text_column_problem(entry.surveyed.columns, corpus)
-            if problem:
-                without_text.append(f"{url}: {problem}")
-            else:
-                units += cut_units(url, entry.surveyed, unit_bytes, settings)
+    for url in urls:
+        entry = entries[url]
+        if isinstance(entry, ShardError):
+            broken.append(str(entry))
+        elif url.endswith(".parquet") and (problem := text_column_problem(entry.surveyed.columns, corpus)):
+            without_text.append(f"{url}: {problem}")
+        else:
+            units += cut_units(url, entry.surveyed, unit_bytes, settings)
     if len(without_text) == len(urls):
         raise UserError(f"corpus.text: no shard has it ({without_text[0]})", "name the column that holds the text")
-    with writing(inventory):
-        write_atomic(inventory, seal({"shards": _INVENTORY.dump_python(known)}))
     return Plan(units=units, broken=broken + without_text)
 
 
-def _survey_once(url: str, known: Entry | None) -> Entry | ShardError:
-    """The known entry if the file did not change, else a new one, or the error that stands for the shard."""
+def _entries(
+    urls: list[str], inventory: Path, progress: Callable[[int, int], None], surveyor: Surveyor
+) -> dict[str, Entry | ShardError]:
+    """What each shard holds, or the error that stands for it; what changed since the last inventory is surveyed."""
+    known = _read_inventory(inventory)
+    with ThreadPoolExecutor(VERSION_THREADS) as pool:
+        versions = dict(zip(urls, pool.map(_version_or_error, urls), strict=True))
+    entries: dict[str, Entry | ShardError] = {}
+    for url, version in versions.items():
+        if isinstance(version, ShardError):
+            entries[url] = version
+        elif url in known and known[url].version == version:
+            entries[url] = known[url]
+    progress(len(entries), len(urls))
+
+    def found(url: str, result: Surveyed | ShardError) -> None:
+        version = versions[url]
+        assert isinstance(version, str)
+        entries[url] = result if isinstance(result, ShardError) else Entry(version=version, surveyed=result)
+        progress(len(entries), len(urls))
+
     try:
-        version = version_of(url)
-        return known if known and known.version == version else Entry(version=version, surveyed=survey(url))
+        if unknown := [url for url in urls if url not in entries]:
+            surveyor(unknown, found)
+    finally:  # an interrupted survey is not begun anew
+        known |= {url: entry for url, entry in entries.items() if isinstance(entry, Entry)}
+        with writing(inventory):
+            write_atomic(inventory, seal({"shards": _INVENTORY.dump_python(known)}))
+    return entries
+
+
+def _version_or_error(url: str) -> str | ShardError:
+    try:
+        return version_of(url)
     except ShardError as error:
         return error
 
@@ -120,6 +157,7 @@ def cut_units(url: str, surveyed: Surveyed, unit_bytes: int, settings: str) -> l
     )
     count = max(1, min(documents, count))
     edges = [documents * i // count for i in range(count + 1)]
+    marks = [START, *surveyed.marks]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", url.rsplit("/", 1)[-1].split(".")[0])[:64]
     return [
         Unit(
@@ -129,6 +167,7 @@ def cut_units(url: str, surveyed: Surveyed, unit_bytes: int, settings: str) -> l
             first=first,
             end=end,
             input_bytes=surveyed.bytes // count,
+            mark=marks[bisect_right(marks, first, key=lambda mark: mark.row) - 1],
         )
         for i, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
         if end > first

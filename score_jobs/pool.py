@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -24,9 +24,11 @@ from ray.exceptions import RayError, RayTaskError
 from schemas.config import Score
 from schemas.errors import Stranded, UserError, first_line
 from schemas.receipt import Canary, Receipt
-from score_jobs.corpus import ShardError
+from score_jobs.inputs import ShardError
 from score_jobs.keeper import Keeper
 from score_jobs.plan import Unit
+from score_jobs.queue import UnitQueue
+from score_jobs.survey import Surveyed, survey_or_error
 from score_jobs.worker import Job, Worker
 
 # Mean differences over some 60 tokens. On one machine the drift is exactly 0, since the check repeats the very call;
@@ -37,7 +39,9 @@ SLOW_START_SECONDS = 20.0
 START_SECONDS = 1800.0  # for a node to come free and a model to load
 LEAST_UNIT_SECONDS, UNIT_SECONDS_UNKNOWN, SLOWER = 120.0, 3600.0, 20.0
 CONNECT_SECONDS = 20.0
+SURVEYS_PER_CPU = 2  # the second waits on its node while the first is read
 SILENCE_SECONDS = 30.0  # without a word from the cluster; Ray itself aborts the driver after 60
+Result = TypeVar("Result")
 GO_ON = "what is scored stays: run `make score` again, it does the rest"
 
 
@@ -56,7 +60,7 @@ class Pool:
     def __init__(self, job: Job, units: list[Unit], canaries: list[Canary]):
         """`canaries`: tokens and losses that each actor must reproduce before it scores; empty for a new dataset."""
         self.job, self.canaries = job, canaries
-        self.queue = deque(units)
+        self.queue = UnitQueue(units)
         self.failures: Counter[str] = Counter()
         self.calls: dict[ray.ObjectRef[Any], Call] = {}
         self.slowest = 0.0  # seconds a byte of input
@@ -71,21 +75,7 @@ class Pool:
         cluster cannot be reached or goes away, has no node that is large enough, or a canary drifted.
         """
         waited(self.note)
-        cluster = _start(self.job.score)
-        with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
-            # Ray's own handler would print its stack; a preempted job ends as an interrupted one does.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Calls into a cluster that dies can block for good, so they are made where nobody waits for them.
-        driver = ThreadPoolExecutor(1)
-        try:
-            ended = driver.submit(self._drive, finished, waited)
-            while not wait([ended], POLL_SECONDS).done:
-                cluster.check()
-            return ended.result()
-        finally:
-            self.stop.set()
-            driver.shutdown(wait=False)
-            cluster.close()
+        return _start(self.job.score).drive(lambda: self._drive(finished, waited), self.stop)
 
     def _drive(self, finished: Callable[[Unit, Receipt], None], waited: Callable[[str], None]) -> list[str]:
         _refuse_what_no_node_has(self.job.score)
@@ -142,7 +132,7 @@ class Pool:
                 self.slowest = max(self.slowest, rate)
                 finished(call.unit, result)
         if self.queue:
-            unit = self.queue.popleft()
+            unit = self.queue.take(call.actor)
             self.calls[call.actor.score.remote(unit)] = Call(actor=call.actor, unit=unit, started=time.monotonic())
         else:
             ray.kill(call.actor)
@@ -153,8 +143,9 @@ class Pool:
             ray.kill(call.actor)
         name = call.unit.name if call.unit else "a worker's start"
         self.failures[name] += 1
-        if self.failures[name] < self.job.score.attempts:
-            self.queue.extend([call.unit] if call.unit else [])
+        again = self.failures[name] < self.job.score.attempts
+        self.queue.leave(call.actor, call.unit if again else None)
+        if again:
             self.note = f"again after {reason[:80]}"
         elif call.unit:
             self.missing.append(f"{name}: given up after {self.failures[name]} attempts: {reason}")
@@ -188,6 +179,36 @@ class Pool:
                 f" mean of the canary tokens (tolerance {tolerance})",
                 "restore the machine's setup or give a new score.output",
             )
+
+
+def survey_on_cluster(score: Score, urls: list[str], found: Callable[[str, Surveyed | ShardError], None]) -> None:
+    """Survey shards on every node of the cluster; `found` gets each as it comes. Raises UserError as `Pool.run` does."""
+    stop = threading.Event()
+
+    def drive() -> None:
+        _refuse_what_no_node_has(score)
+        task: Any = ray.remote(num_cpus=1)(survey_or_error)
+        waiting, running = deque(urls), dict[Any, str]()
+        while (waiting or running) and not stop.is_set():
+            most = SURVEYS_PER_CPU * max(1.0, ray.cluster_resources().get("CPU", 0.0))
+            while waiting and len(running) < most:
+                url = waiting.popleft()
+                running[task.remote(url)] = url
+            for reference in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
+                url = running.pop(reference)
+                found(url, _surveyed(reference, url))
+
+    _start(score).drive(drive, stop)
+
+
+def _surveyed(reference: Any, url: str) -> Surveyed | ShardError:
+    """What a survey gave; a shard whose survey died each time costs itself alone."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayError as error:
+        return ShardError(f"{url}: its survey failed ({first_line(error)}); run `make score` again")
 
 
 class Actor:
@@ -241,6 +262,23 @@ class Cluster:
                 f"score.address: no word from the Ray cluster for {silent:.0f} s", f"start it again; {GO_ON}"
             )
         return None
+
+    def drive(self, work: Callable[[], Result], stop: threading.Event) -> Result:
+        """Do `work`, then leave; `stop` asks it to end. Raises UserError if the cluster goes away, and what `work` does."""
+        with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+            # Ray's own handler would print its stack; a preempted job ends as an interrupted one does.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Calls into a cluster that dies can block for good, so they are made where nobody waits for them.
+        driver = ThreadPoolExecutor(1)
+        try:
+            ended = driver.submit(work)
+            while not wait([ended], POLL_SECONDS).done:
+                self.check()
+            return ended.result()
+        finally:
+            stop.set()
+            driver.shutdown(wait=False)
+            self.close()
 
     def close(self) -> None:
         """Leave the cluster, unless it is gone; nothing of one that we started stays."""

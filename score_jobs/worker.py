@@ -18,7 +18,7 @@ from schemas.models import open_tokenizer
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, encode_shard, open_shard, read_group, shard_schema
 from schemas.window import encode_in_batches
-from score_jobs.corpus import Document, Rejected, read_documents
+from score_jobs.corpus import Document, Reader, Rejected
 from score_jobs.engines import open_engine
 from score_jobs.plan import Unit
 
@@ -58,6 +58,7 @@ class Worker:
         self.job, self.layout = job, Layout(job.score.output)
         self.tokenizer = open_tokenizer(job.model, "score.model")
         self.engine = open_engine(job.model, job.context, job.score)
+        self.reader = Reader(job.corpus)
 
     def score(self, unit: Unit) -> Receipt:
         """Score a unit and commit it: shard first, receipt last.
@@ -65,7 +66,7 @@ class Worker:
         Raises ShardError if its input is broken, UserError if the output's disk is full or read-only.
         """
         started = time.perf_counter()
-        rows = list(read_documents(unit.url, self.job.corpus, unit.first, unit.end))
+        rows = list(self.reader.read(unit.url, unit.first, unit.end, unit.mark))
         read = time.perf_counter()
         found = self._score_rows(rows)
         canary = self._make_canary(found.windows)

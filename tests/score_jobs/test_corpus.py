@@ -1,8 +1,11 @@
 """Corpus readers: every format gives the same documents, and what is broken says so."""
 
+import gzip
+import io
 import json
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +14,17 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from schemas.config import Corpus
 from schemas.errors import UserError
-from score_jobs.corpus import Document, Rejected, ShardError, corpus_documents, read_documents, survey, version_of
+from score_jobs.corpus import Document, Reader, Rejected, corpus_documents, read_documents
 from score_jobs.files import resolve
+from score_jobs.inputs import ShardError, version_of
+from score_jobs.lines import START
+from score_jobs.survey import survey
 
 
 def read_all(url: str, **fields: Any) -> list[Document | Rejected]:
@@ -58,6 +67,132 @@ def test_law_4_corrupt_bytes_inside_a_shard_are_an_error_that_names_it(
         path.write_bytes(data)
         with pytest.raises(ShardError, match=path.name):
             survey(str(path))
+
+
+LINES = [b'{"text": "one"}', b"not JSON", b'{"url": "u", "text": "t\xc3\xb6"}', b"", b'{"text": "' + b"x" * 300 + b'"}']
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), suffix=st.sampled_from(["jsonl", "jsonl.zst", "jsonl.gz", "parquet"]), block=st.integers(1, 90))
+def test_any_ranges_in_any_order_give_the_rows_that_one_whole_reading_gives(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, suffix: str, block: int
+) -> None:
+    path = tmp_path_factory.mktemp("ranges") / f"part.{suffix}"
+    lines = data.draw(st.lists(st.sampled_from(LINES), min_size=1, max_size=40))
+    whole = write_lines(path, lines, data.draw(st.lists(st.integers(1, 200), max_size=9)), data.draw(st.booleans()))
+    corpus = Corpus(paths=[str(path)], max_chars=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("score_jobs.lines.BLOCK_BYTES", block)
+        patch.setattr("score_jobs.lines.ZSTD_INPUT_BYTES", 1 + block // 7)
+        patch.setattr("score_jobs.tables.BATCH_ROWS", 1 + block // 20)
+        patch.setattr("score_jobs.survey.MARK_BYTES", 1)
+        patch.setattr("score_jobs.corpus.OTHER_FIELDS_BYTES", 30)
+        found, reader = survey(str(path)), Reader(corpus)
+        assert found.documents == len(whole)
+        expected = list(read_documents(str(path), corpus))
+        assert [(row.row, getattr(row, "text", None)) for row in expected] == list(enumerate(whole))
+        for _ in range(data.draw(st.integers(1, 6))):
+            first = data.draw(st.integers(0, len(whole)))
+            end = data.draw(st.integers(first, len(whole)))
+            mark = data.draw(st.sampled_from([mark for mark in [START, *found.marks] if mark.row <= first]))
+            taken = data.draw(st.integers(0, end - first))  # the rest is left unread
+            assert list(islice(reader.read(str(path), first, end, mark), taken)) == expected[first : first + taken]
+
+
+def write_lines(path: Path, lines: list[bytes], cuts: list[int], ended: bool) -> list[str | None]:
+    """A shard of these lines, packed in pieces of `cuts` bytes; the text of each row, None for one that is no document."""
+    texts: list[str | None] = [json.loads(line)["text"] if line[:1] == b"{" else None for line in lines]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=max(cuts, default=9))
+    else:
+        rest = b"\n".join(lines) + (b"\n" if ended or not lines[-1] else b"")
+        pieces = []
+        for size in cuts:
+            pieces.append(rest[:size])
+            rest = rest[size:]
+        pack = {".zst": zstandard.ZstdCompressor().compress, ".gz": gzip.compress, ".jsonl": bytes}[path.suffix]
+        path.write_bytes(b"".join(pack(piece) for piece in [*pieces, rest]))
+    return [text if text and len(text) <= 10 else None for text in texts]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of what is read of any shard."""
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            block = super().read(size)
+            sizes.append(len(block))
+            return block
+
+    sizes: list[int] = []
+    monkeypatch.setattr("score_jobs.lines.BLOCK_BYTES", 100)
+    monkeypatch.setattr("score_jobs.corpus.open_input", lambda url: Counted(Path(url).read_bytes()))
+    return sizes
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.zst", "jsonl.gz", "jsonl"])
+def test_ranges_that_follow_each_other_cost_one_reading(
+    corpus_tools: SimpleNamespace, tmp_path: Path, read: list[int], suffix: str
+) -> None:
+    url = str(corpus_tools.write_documents(tmp_path / f"part.{suffix}", corpus_tools.make_documents(60)))
+    reader = Reader(Corpus(paths=[url]))
+    rows = [row for first in range(60) for row in reader.read(url, first, first + 1)]
+    assert [row.row for row in rows] == list(range(60)) and sum(read) <= Path(url).stat().st_size
+
+
+def test_what_lies_before_a_mark_is_not_read(
+    corpus_tools: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: list[int]
+) -> None:
+    monkeypatch.setattr("score_jobs.survey.MARK_BYTES", 100)
+    url = str(corpus_tools.write_documents(tmp_path / "part.jsonl", corpus_tools.make_documents(60)))
+    mark = survey(url).marks[-2]
+    reader = Reader(Corpus(paths=[url]))
+    rows = [*reader.read(url, 0, 1), *reader.read(url, mark.row, mark.row + 1, mark)]
+    assert [row.row for row in rows] == [0, mark.row] and sum(read) < Path(url).stat().st_size // 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.zst", "jsonl.gz", "jsonl"])
+def test_a_range_is_reached_without_parsing_what_lies_before_it(
+    corpus_tools: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    url = str(corpus_tools.write_documents(tmp_path / f"part.{suffix}", corpus_tools.make_documents(20)))
+    parsed: list[bytes] = []
+    real = json.loads
+    monkeypatch.setattr("score_jobs.corpus.json.loads", lambda line: (parsed.append(line), real(line))[1])
+    assert len(list(Reader(Corpus(paths=[url])).read(url, 15, 18))) == len(parsed) == 3
+
+
+def test_a_row_group_that_holds_nothing_of_a_range_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"text": [f"text {row}" for row in range(30)]}), path, row_group_size=10)
+    whole = read_all(str(path))
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    data = bytearray(path.read_bytes())
+    for place in range(4, 4 + chunk.total_compressed_size):
+        data[place] ^= 0xFF
+    path.write_bytes(data)
+    assert list(Reader(Corpus(paths=[str(path)])).read(str(path), 12, 30)) == whole[12:]
+    with pytest.raises(ShardError, match=r"part\.parquet"):
+        read_all(str(path))
+
+
+def test_a_reader_goes_on_after_a_shard_that_is_broken(corpus_tools: SimpleNamespace, tmp_path: Path) -> None:
+    documents = corpus_tools.make_documents(20)
+    good, bad = (
+        corpus_tools.write_documents(tmp_path / f"{name}.jsonl.zst", documents, frames=1) for name in ("a", "b")
+    )
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-9])
+    reader = Reader(Corpus(paths=[str(good)]))
+    with pytest.raises(ShardError, match=r"b\.jsonl\.zst"):
+        list(reader.read(str(bad), 5, 20))
+    assert len(list(reader.read(str(good), 5, 20))) == 15
+    bad.write_bytes(whole)
+    with pytest.raises(ShardError, match=r"a\.jsonl\.zst: .*ends at row 20"):
+        list(reader.read(str(good), 5, 21))
+    assert len(list(reader.read(str(good), 5, 20))) == 15
+    assert len(list(reader.read(str(bad), 5, 20))) == 15
 
 
 BAD_LINES: dict[str, tuple[bytes, str]] = {
@@ -170,7 +305,7 @@ def test_a_file_that_may_not_be_read_is_the_users_error(tmp_path: Path, monkeypa
     def forbidden(*arguments: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(fsspec, "open", forbidden)
+    monkeypatch.setattr("score_jobs.inputs.fsspec.core.url_to_fs", forbidden)
     with pytest.raises(UserError, match=r"corpus\.paths: .*part\.jsonl may not be read"):
         survey(str(tmp_path / "part.jsonl"))
 

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from score_jobs.corpus import ShardError, survey
+from score_jobs.inputs import ShardError
+from score_jobs.survey import survey
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE_BYTES = 300_000_000  # what a line of the bombs below unpacks to
@@ -35,7 +36,8 @@ READ = (
     + """
 import json, sys
 from schemas.config import Corpus
-from score_jobs.corpus import read_documents, survey
+from score_jobs.corpus import read_documents
+from score_jobs.survey import survey
 
 before, url = peak(), sys.argv[1]
 found = survey(url)
@@ -52,7 +54,9 @@ FUZZ = (
 import random, resource, sys
 from schemas.config import Corpus
 from schemas.errors import UserError
-from score_jobs.corpus import Document, Rejected, ShardError, read_documents, survey
+from score_jobs.corpus import Document, Reader, Rejected
+from score_jobs.inputs import ShardError
+from score_jobs.survey import survey
 
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 folder, seed, trials = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -80,8 +84,10 @@ for trial in range(trials):
     print(trial, path.name, flush=True)
     try:
         found = survey(str(path))
-        for row in read_documents(str(path), Corpus(paths=[str(path)]), 0, found.documents):
-            assert isinstance(row, (Document, Rejected)), row
+        reader, half = Reader(Corpus(paths=[str(path)])), found.documents // 2
+        for first, end in ((0, half), (half, found.documents), (0, found.documents)):
+            for row in reader.read(str(path), first, end):
+                assert isinstance(row, (Document, Rejected)), row
         outcomes["read"] += 1
     except (ShardError, UserError) as error:
         assert len(str(error).splitlines()) == 1 and str(path) in str(error), error

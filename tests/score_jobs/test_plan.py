@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import score_jobs.plan
+import score_jobs.survey
 from schemas.config import Corpus
 from schemas.errors import UserError
-from score_jobs.corpus import Surveyed
 from score_jobs.plan import MAX_UNPACKING, Plan, cut_units, plan
+from score_jobs.survey import Surveyed
 
 
 def surveyed(documents: int, size: int, unpacked: int = 0) -> Surveyed:
@@ -64,8 +64,8 @@ def test_names_of_units_change_with_the_settings_and_with_nothing_else(corpus: P
 def test_a_second_plan_opens_no_shard_that_did_not_change(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_plan(corpus)
     opened: list[str] = []
-    real = score_jobs.plan.survey
-    monkeypatch.setattr(score_jobs.plan, "survey", lambda url: (opened.append(url), real(url))[1])
+    real = score_jobs.survey.survey
+    monkeypatch.setattr(score_jobs.survey, "survey", lambda url: (opened.append(url), real(url))[1])
     assert make_plan(corpus) == first and opened == []
     shard = corpus / "part-2.jsonl"
     shard.write_bytes(shard.read_bytes() + b'{"text": "more"}\n')

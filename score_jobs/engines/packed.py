@@ -11,6 +11,7 @@ from schemas.batch import collate
 from schemas.loss import batch_losses
 from schemas.models import open_model
 from score_jobs.engines import Scored
+from score_jobs.engines.peak import matmul_peak
 
 
 class PackedEngine:
@@ -21,6 +22,8 @@ class PackedEngine:
         self.model = open_model(model, "score.model", window, dtype=getattr(torch, dtype), device=device)
         self.device, self.window, self.entropy = device, window, entropy
         self.rows_per_batch = max(1, batch_tokens // window)
+        self.parameters = sum(parameter.numel() for parameter in self.model.module.parameters())
+        self.peak = matmul_peak(getattr(torch, dtype), device)
 
     @torch.inference_mode()
     def score(self, windows: Sequence[np.ndarray]) -> list[Scored]:
@@ -36,7 +39,8 @@ class PackedEngine:
 
     def describe(self) -> dict[str, Any]:
         """What a receipt says of the engine."""
-        return {"name": "hf-packed", "linear_head": self.model.linear, "isolation": self.model.isolation}
+        speed = {"parameters": self.parameters, "matmul_peak": round(self.peak)}
+        return {"name": "hf-packed", "linear_head": self.model.linear, "isolation": self.model.isolation, **speed}
 
     def _score_rows(self, windows: list[np.ndarray], rows: list[list[int]]) -> list[Scored]:
         """Score windows that stand in these rows, in the rows' order."""

@@ -141,11 +141,20 @@ def score(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Score at most so many units now; the next call goes on from there.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, and say what it comes to: tokens, disk, hours. Writes nothing.")
+    ] = False,
+    rate: Annotated[
+        bool, typer.Option(help="With --dry-run: time the engine on a sample, some 10 s and the model's load.")
+    ] = True,
 ) -> None:
     """Stage 1: write every corpus token's reference loss to Parquet, on Ray. Does only what is missing."""
     loaded = read_config(config, set_)
+    from pipeline.score import dry_run as say_what_it_takes
     from pipeline.score import score_with_progress
 
+    if dry_run:
+        return say_what_it_takes(loaded, rate)
     raise_exit(score_with_progress(loaded, limit))
 
 

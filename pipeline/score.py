@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from schemas.config import Config
 from schemas.errors import first_line
 from score_jobs.job import Outcome, score
 from score_jobs.progress import Progress
+
+if TYPE_CHECKING:
+    from score_jobs.estimate import Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,40 @@ def score_with_progress(config: Config, limit: int | None = None) -> int:
     if outcome.left:
         say(f"limited: {outcome.left} units are left; run `make score` again, it does the rest", aside=view.json)
     return len(outcome.missing)
+
+
+def dry_run(config: Config, rate: bool) -> None:
+    """Say what a job would come to; writes nothing. Elsewhere than in a terminal it is one JSON line."""
+    from score_jobs.estimate import estimate
+
+    found = estimate(config, rate)
+    if not console.is_terminal:
+        JsonLines().write("estimate", asdict(found))
+        return
+    for name, text in _expectations(found):
+        say(f"  {name:<8} {text}")
+    for line in found.broken:
+        say(f"broken: {line}", style="red")
+
+
+def _expectations(found: "Estimate") -> Iterator[tuple[str, str]]:
+    sampled = f"{found.shards_sampled} of {found.shards} shards looked into, {found.tokens_sampled:,} tokens of them"
+    yield "corpus", f"{found.input_bytes:,} bytes, {found.documents:,} documents; {sampled}"
+    few = found.units < found.workers
+    yield (
+        "units",
+        f"{found.units:,}, {found.units_done:,} of them done"
+        + ("; fewer than workers: lower score.unit_bytes" if few else ""),
+    )
+    low, high = found.tokens.low, found.tokens.high
+    yield "tokens", f"{found.tokens.value:,.0f} ({low:,.0f} to {high:,.0f} with 95 %)"
+    yield "disk", f"{found.stored_bytes:,.0f} bytes, {found.bytes_per_token:.2f} a token"
+    who = f"{found.workers:,} workers" + (f" on {found.gpus:g} GPUs" if found.gpus else "")
+    if found.hours is None or found.worker_hours is None:
+        yield "time", f"{who}; {found.note}"
+        return
+    speed = f"{found.worker_tokens_per_second:,.0f} tokens/s each"
+    yield "time", f"{found.hours:,.2f} hours on {who} at {speed}, {found.worker_hours:,.2f} worker-hours; {found.note}"
 
 
 def summarise(outcome: Outcome, seconds: float) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def score(
     layout = Layout(config.score.output)
     layout.make()
     with locked(layout.root, "`make score`"):
-        job, progress = _prepare(config, layout), Progress()
+        job, progress = prepare(config, layout), Progress()
+        write_dataset(layout, job.fingerprint)
         inventory = layout.root / layout.INVENTORY
 
         def surveyed(done: int, total: int) -> None:
@@ -102,7 +103,8 @@ def _score_units(
         heart.beat(progress, last=True)
 
 
-def _prepare(config: Config, layout: Layout) -> Job:
+def prepare(config: Config, layout: Layout) -> Job:
+    """Everything of a job that is no unit. Raises UserError for what is wrong with the model or the dataset (law 3)."""
     model = local_model(config.score.model, "score.model")
     tokenizer = open_tokenizer(model, "score.model")
     fingerprint = dataset_fingerprint(tokenizer, model, config.corpus, config.context, config.score)
@@ -115,8 +117,6 @@ def _prepare(config: Config, layout: Layout) -> Job:
             )
     elif layout.committed():
         raise UserError(f"{layout.dataset}: missing while receipts exist", "restore it or give a new score.output")
-    else:
-        write_dataset(layout, fingerprint)
     return Job(model, config.corpus, config.context, config.score, fingerprint)
 
 

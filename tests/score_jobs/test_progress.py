@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pipeline.status import status
 from schemas.config import Config
 from schemas.receipt import Layout, Receipt, read_receipts
 from score_jobs.engines.peak import matmul_peak
+from score_jobs.estimate import Estimate
 from score_jobs.plan import Unit
 from score_jobs.progress import Heart, Progress
 from tests.score_jobs.conftest import ROOT, outputs, receipts
@@ -95,7 +97,8 @@ def test_every_field_of_the_json_lines_and_of_status_is_explained(scores: Config
     explained = {name for names in explained for name in names.split("`, `")}
     found = status(Layout(scores.score.output))
     outcome = pipeline.score.summarise(pipeline.score.Outcome({}), 0.0)
-    assert {*found, *Progress().figures(), *outcome, "event", "time"} <= explained
+    expected = {field.name for field in fields(Estimate)}
+    assert {*found, *Progress().figures(), *outcome, *expected, "event", "time"} <= explained
 
 
 def test_a_limited_job_leaves_the_rest_and_the_next_ones_end_with_the_same_bytes(

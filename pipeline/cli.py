@@ -1,5 +1,6 @@
 """The command `tokensift`. Each verb reads one config; heavy imports wait until the config is known to be right."""
 
+import json
 import os
 import sys
 import time
@@ -134,12 +135,47 @@ def reference(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
 
 
 @app.command()
-def score(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
+def score(
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score at most so many units now; the next call goes on from there.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, and say what it comes to: tokens, disk, hours. Writes nothing.")
+    ] = False,
+    rate: Annotated[
+        bool, typer.Option(help="With --dry-run: time the engine on a sample, some 10 s and the model's load.")
+    ] = True,
+) -> None:
     """Stage 1: write every corpus token's reference loss to Parquet, on Ray. Does only what is missing."""
     loaded = read_config(config, set_)
+    from pipeline.score import dry_run as say_what_it_takes
     from pipeline.score import score_with_progress
 
-    raise_exit(score_with_progress(loaded))
+    if dry_run:
+        return say_what_it_takes(loaded, rate)
+    raise_exit(score_with_progress(loaded, limit))
+
+
+@app.command()
+def status(
+    path: Annotated[Path | None, typer.Argument(help="A score dataset; default: the config's score.output.")] = None,
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """How far scoring is: units, rate, time left, quarantine, disk. From the files alone, while a job runs or after."""
+    where = path or read_config(config, set_).score.output
+    from pipeline.status import print_status
+    from pipeline.status import status as look
+    from schemas.receipt import Layout
+
+    found = look(Layout(where))
+    if json_:
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        print_status(found)
 
 
 @app.command()

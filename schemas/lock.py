@@ -2,11 +2,14 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from schemas.errors import UserError
+
+GLANCE_SECONDS = 0.05
 
 
 @contextmanager
@@ -26,9 +29,32 @@ def locked(folder: Path, writer: str) -> Iterator[None]:
         os.close(handle)
 
 
+def is_locked(folder: Path) -> bool | None:
+    """Whether someone holds `folder` now; None if that cannot be known. It disturbs no writer but for microseconds."""
+    try:
+        handle = os.open(folder / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
+
+
 def _hold(handle: int, folder: Path, writer: str) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # it may be `is_locked` that looks just now
+            time.sleep(GLANCE_SECONDS)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
             f"{folder}: another {writer} is writing here", "wait for it, or choose another output"

@@ -30,6 +30,7 @@ class Layout:
     RECEIPTS = ("receipts", ".json")
     QUARANTINE = ("quarantine", ".jsonl")
     DATASET, COMPLETE, INVENTORY = "dataset.json", "complete.json", ".inventory.json"
+    PROGRESS = ".progress.json"
 
     @property
     def store(self) -> Store:
@@ -127,6 +128,7 @@ class Receipt:
     engine: dict[str, Any]
     seconds: dict[str, float]
     canary: list[Canary] = field(default_factory=list)
+    committed: float | None = None  # Unix time; None in receipts of before it was noted
 
 
 _RECEIPT = TypeAdapter(Receipt)

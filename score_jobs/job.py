@@ -13,6 +13,7 @@ from schemas.models import local_model, open_tokenizer
 from schemas.receipt import Layout, Receipt, read_dataset, read_receipts, write_complete, write_dataset
 from score_jobs.inputs import ShardError
 from score_jobs.plan import Plan, Unit, plan
+from score_jobs.progress import Heart, Progress
 from score_jobs.quarantine import Tally, refuse_quarantine
 from score_jobs.survey import Surveyed, survey_here
 from score_jobs.worker import Job
@@ -21,37 +22,28 @@ EARLY_DOCUMENTS = 500  # after so many a job of broken losses is stopped, not on
 
 
 @dataclass
-class Progress:
-    """How far a job is. `tokens` counts what this run scored; bytes are of input; `note` says what goes on."""
-
-    units: int = 0
-    units_total: int = 0
-    input_bytes: int = 0
-    input_bytes_total: int = 0
-    tokens: int = 0
-    quarantined: int = 0
-    note: str = "survey"
-
-
-@dataclass
 class Outcome:
-    """The end of a job: receipts of the whole dataset, and what is missing, one line each."""
+    """The end of a job: receipts of the whole dataset, what is missing, one line each, and how many units were left."""
 
     receipts: dict[str, Receipt]
     new_tokens: int = 0
     missing: list[str] = field(default_factory=list)
+    left: int = 0
 
 
-def score(config: Config, report: Callable[[Progress], None] = lambda progress: None) -> Outcome:
-    """Score what has no receipt yet. A finished dataset is left untouched; SIGTERM is a KeyboardInterrupt.
+def score(
+    config: Config, report: Callable[[Progress], None] = lambda progress: None, limit: int | None = None
+) -> Outcome:
+    """Score what has no receipt yet, at most `limit` units. A finished dataset is left untouched.
 
-    Raises UserError for settings that differ from the dataset's, a corpus whose shards changed (law 3), a cluster that
-    goes away, and too many documents in quarantine.
+    SIGTERM is a KeyboardInterrupt. Raises UserError for settings that differ from the dataset's, a corpus whose shards
+    changed (law 3), a cluster that goes away, and too many documents in quarantine.
     """
     layout = Layout(config.score.output)
     layout.make()
     with locked(layout.root, "`make score`"):
-        job, progress = _prepare(config, layout), Progress()
+        job, progress = prepare(config, layout), Progress()
+        write_dataset(layout, job.fingerprint)
         inventory = layout.root / layout.INVENTORY
 
         def surveyed(done: int, total: int) -> None:
@@ -62,14 +54,15 @@ def score(config: Config, report: Callable[[Progress], None] = lambda progress: 
         planned = plan(config.corpus, job.fingerprint, config.score.unit_bytes, inventory, surveyed, surveyor)
         receipts = read_receipts(layout)
         _refuse_changed_corpus(layout, receipts, planned)
-        todo = [unit for unit in planned.units if unit.name not in receipts]
-        outcome = Outcome(receipts, missing=list(planned.broken))
+        missing = [unit for unit in planned.units if unit.name not in receipts]
+        todo = missing[:limit]
+        outcome = Outcome(receipts, missing=list(planned.broken), left=len(missing) - len(todo))
         if todo:
             layout.sweep()
             _score_units(job, layout, planned, todo, outcome, progress, report)
             layout.sweep()  # what workers that died on the way left half written
         refuse_quarantine(layout, Tally.of(receipts.values()), receipts.values(), config.score.max_quarantined)
-        if not outcome.missing:
+        if not outcome.missing and not outcome.left:
             write_complete(layout, [unit.name for unit in planned.units])
         return outcome
 
@@ -95,32 +88,33 @@ def _score_units(
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from score_jobs.pool import Pool  # Ray, which a finished dataset does not need
 
-    progress.units_total, progress.units = len(planned.units), len(planned.units) - len(todo)
-    progress.input_bytes_total = sum(unit.input_bytes for unit in planned.units)
-    progress.input_bytes = progress.input_bytes_total - sum(unit.input_bytes for unit in todo)
-
+    progress.plan(planned.units, outcome.receipts, todo)
     tally = Tally.of(outcome.receipts.values())
+    pool = Pool(job, todo, next((receipt.canary for receipt in outcome.receipts.values() if receipt.canary), []))
+    heart = Heart(layout)
 
     def finished(unit: Unit, receipt: Receipt) -> None:
         outcome.receipts[unit.name] = receipt
         outcome.new_tokens += receipt.tokens
-        progress.units += 1
-        progress.input_bytes += unit.input_bytes
-        progress.tokens += receipt.tokens
-        progress.quarantined += receipt.quarantined
+        progress.add(unit, receipt)
         tally.add(receipt)
         if tally.documents >= EARLY_DOCUMENTS:
             refuse_quarantine(layout, tally, outcome.receipts.values(), job.score.max_quarantined)
 
     def waited(note: str) -> None:
-        progress.note = note
+        progress.see(note, workers=pool.workers, in_flight=pool.in_flight, retries=pool.retries)
+        heart.beat(progress)
         report(progress)
 
-    canaries = next((receipt.canary for receipt in outcome.receipts.values() if receipt.canary), [])
-    outcome.missing += Pool(job, todo, canaries).run(finished, waited)
+    try:
+        outcome.missing += pool.run(finished, waited)
+    finally:
+        progress.see("end", workers=0, in_flight=0, retries=pool.retries)
+        heart.beat(progress, last=True)
 
 
-def _prepare(config: Config, layout: Layout) -> Job:
+def prepare(config: Config, layout: Layout) -> Job:
+    """Everything of a job that is no unit. Raises UserError for what is wrong with the model or the dataset (law 3)."""
     model = local_model(config.score.model, "score.model")
     tokenizer = open_tokenizer(model, "score.model")
     fingerprint = dataset_fingerprint(tokenizer, model, config.corpus, config.context, config.score)
@@ -133,8 +127,6 @@ def _prepare(config: Config, layout: Layout) -> Job:
             )
     elif layout.committed():
         raise UserError(f"{layout.dataset}: missing while receipts exist", "restore it or give a new score.output")
-    else:
-        write_dataset(layout, fingerprint)
     return Job(model, config.corpus, config.context, config.score, fingerprint)
 
 

@@ -143,6 +143,13 @@ def _read_inventory(path: Path) -> dict[str, Entry]:
         return {}
 
 
+def known_units(inventory: bytes, fingerprint: dict[str, Any]) -> list[Unit]:
+    """The units of all shards that an inventory knows, without a look at any of them. Raises ValueError if damaged."""
+    shards = _INVENTORY.validate_python(unseal(inventory).get("shards"))
+    unit_bytes, settings = fingerprint["scorer"]["unit_bytes"], digest(fingerprint)
+    return [unit for url, known in shards.items() for unit in cut_units(url, known.surveyed, unit_bytes, settings)]
+
+
 def cut_units(url: str, surveyed: Surveyed, unit_bytes: int, settings: str) -> list[Unit]:
     """Equal ranges of a shard's documents, about `unit_bytes` of input each.
 

@@ -93,6 +93,21 @@ class Pool:
         return self.missing
 
     @property
+    def workers(self) -> int:
+        """Actors that live and are ready."""
+        return len({id(call.actor) for call in self.calls.values() if call.unit})
+
+    @property
+    def in_flight(self) -> int:
+        """Units that actors have now."""
+        return sum(call.unit is not None for call in self.calls.values())
+
+    @property
+    def retries(self) -> int:
+        """Attempts that failed so far, of units and of workers' starts."""
+        return sum(self.failures.values())
+
+    @property
     def _wants(self) -> str:
         score = self.job.score
         return f"waiting for {score.cpus_per_worker} CPUs and {score.gpus_per_worker:g} GPUs to come free, or a model to load"

@@ -102,6 +102,7 @@ class Worker:
                 "write": round(time.perf_counter() - scored, 3),
             },
             canary=canary,
+            committed=round(time.time(), 3),
         )
         with writing(self.layout.receipt(unit.name)):
             write_receipt(self.layout, receipt)

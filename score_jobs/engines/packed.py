@@ -15,6 +15,7 @@ from schemas.forward import decoder_layers
 from schemas.loss import Losses, batch_losses
 from schemas.models import open_model
 from score_jobs.engines import Scored
+from score_jobs.engines.peak import matmul_peak
 
 
 class PackedEngine:
@@ -31,6 +32,8 @@ class PackedEngine:
         if self.compiled:
             for layer in decoder_layers(self.model.module):
                 layer.compile(dynamic=False)
+        self.parameters = sum(parameter.numel() for parameter in self.model.module.parameters())
+        self.peak = matmul_peak(getattr(torch, score.dtype), device)
 
     @torch.inference_mode()
     def score(self, windows: Sequence[np.ndarray]) -> list[Scored]:
@@ -60,7 +63,8 @@ class PackedEngine:
     def describe(self) -> dict[str, Any]:
         """What a receipt says of the engine."""
         how = {"linear_head": self.model.linear, "isolation": self.model.isolation, "compiled": self.compiled}
-        return {"name": "hf-varlen", **how}
+        speed = {"parameters": self.parameters, "matmul_peak": round(self.peak)}
+        return {"name": "hf-varlen", **how, **speed}
 
 
 def _scored(losses: Losses, places: list[Place]) -> list[Scored]:

@@ -59,6 +59,8 @@ def test_every_make_target_the_readme_names_is_explained_by_make_help() -> None:
         (("score", "--set", "score.model=./nowhere"), ("./nowhere", "make reference")),
         (("inspect", "nowhere"), ("nowhere",)),
         (("verify", "nowhere"), ("nowhere",)),
+        (("status", "nowhere"), ("nowhere", "make score")),
+        (("status", "--set", "score.outputs=nowhere"), ("score.outputs", "configs/demo.yaml")),
     ],
     ids=lambda value: " ".join(value) if value[0] in VERBS else "",
 )
@@ -111,5 +113,5 @@ def test_the_demo_goes_the_whole_road_and_a_second_call_does_nothing_again(tmp_p
     made = {path: path.stat().st_mtime_ns for path in demo.rglob("*.safetensors")}
     made |= {path: path.stat().st_mtime_ns for path in (demo / "scores").rglob("*.parquet")}
     second = tokensift(*arguments, cwd=tmp_path)
-    assert second.returncode == 0 and "0 tokens scored now" in second.stdout, second.stdout + second.stderr
+    assert second.returncode == 0 and "0 tokens scored now" in second.stderr, second.stdout + second.stderr
     assert {path: path.stat().st_mtime_ns for path in made} == made

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import UserError
-from schemas.lock import locked
+from schemas.lock import is_locked, locked
 
 HOLDER = """
 import sys, time
@@ -66,3 +66,22 @@ def test_a_file_system_without_locks_is_not_called_another_writer(
         locked(tmp_path, "test"),
     ):
         pytest.fail("held without a lock")
+
+
+def test_whether_a_folder_is_held_can_be_seen_without_holding_it(tmp_path: Path) -> None:
+    assert is_locked(tmp_path) is False
+    with locked(tmp_path, "test"):
+        assert is_locked(tmp_path) is True
+        assert is_locked(tmp_path) is True
+    assert is_locked(tmp_path) is False
+    assert is_locked(tmp_path / "nowhere") is False
+
+
+def test_a_look_at_the_lock_keeps_no_writer_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with locked(tmp_path, "test"):
+        pass
+    look = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as `is_locked` does
+    monkeypatch.setattr("schemas.lock.time.sleep", lambda seconds: os.close(look))
+    with locked(tmp_path, "test"):
+        assert is_locked(tmp_path) is True

@@ -20,12 +20,18 @@ DEADLINE_SECONDS = 120
 class Job:
     """`tokensift score` as a process group of its own."""
 
-    def __init__(self, config: Path, *settings: str):
-        command = [sys.executable, "-m", "pipeline.cli", "score", "-c", str(config)]
+    def __init__(self, config: Path, *settings: str, arguments: tuple[str, ...] = (), apart: bool = False):
+        """`apart` keeps standard error from standard output."""
+        command = [sys.executable, "-m", "pipeline.cli", "score", "-c", str(config), *arguments]
         for setting in settings:
             command += ["-s", setting]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if apart else subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         self.family: set[psutil.Process] = set()
 
@@ -52,6 +58,11 @@ class Job:
         output = self.process.communicate(timeout=DEADLINE_SECONDS)[0]
         return self.process.returncode, output
 
+    def end_apart(self) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error."""
+        output, words = self.process.communicate(timeout=DEADLINE_SECONDS)
+        return self.process.returncode, output, words
+
     def survivors(self, patience_seconds: float = 30.0) -> list[psutil.Process]:
         """Remembered descendants that still live after a while."""
         _, alive = psutil.wait_procs(self.family, timeout=patience_seconds)
@@ -72,8 +83,8 @@ class Job:
 def start() -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
-    def begin(config: Path, *settings: str) -> Job:
-        jobs.append(Job(config, *settings))
+    def begin(config: Path, *settings: str, arguments: tuple[str, ...] = (), apart: bool = False) -> Job:
+        jobs.append(Job(config, *settings, arguments=arguments, apart=apart))
         return jobs[-1]
 
     yield begin

@@ -216,6 +216,6 @@ def test_law_4_a_unit_whose_worker_always_dies_is_given_up_and_the_rest_finishes
         timeout=DEADLINE_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "missing: part-0" in done.stdout and "2 attempts" in done.stdout
+    assert "missing: part-0" in done.stderr and "2 attempts" in done.stderr
     assert outputs(config.score.output) == {name: data for name, data in whole.items() if "part-0" not in name}
     assert not [receipt for receipt in receipts(config) if receipt.name.startswith("part-0")]

@@ -1,0 +1,51 @@
+"""Rates from the times of finished units: what is steady is measured as it is, pauses between jobs do not count."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from score_jobs.rate import Done, active_seconds, recent_rate
+
+SPANS = st.lists(st.tuples(st.floats(0, 1000), st.floats(0, 50)), max_size=30)
+
+
+def steady(workers: int, unit_seconds: float, units: int, tokens: int = 1000) -> list[Done]:
+    """Workers that each finish a unit every `unit_seconds`, evenly staggered; time starts at 0."""
+    step = unit_seconds / workers
+    return [Done(at=unit_seconds + step * i, seconds=unit_seconds, tokens=tokens) for i in range(units)]
+
+
+@pytest.mark.parametrize("unit_seconds", [0.1, 5.0, 100.0])
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_steady_pool_is_measured_as_it_is_however_long_its_units_take(workers: int, unit_seconds: float) -> None:
+    done = steady(workers, unit_seconds, units=2000)
+    true = workers * 1000 / unit_seconds
+    assert recent_rate(done, 0.0, done[-1].at, 30.0) == pytest.approx(true, rel=0.1)
+    assert sum(unit.tokens for unit in done) / active_seconds(done) == pytest.approx(true, rel=0.05)
+
+
+def test_the_rate_now_forgets_what_was_before_its_window_and_falls_while_nothing_comes() -> None:
+    slow = [Done(at=float(i), seconds=1.0, tokens=10) for i in range(1, 101)]
+    fast = [Done(at=100 + i / 10, seconds=0.1, tokens=100) for i in range(1, 1001)]
+    assert recent_rate(slow + fast, 0.0, 200.0, 30.0) == pytest.approx(1000, rel=0.01)
+    rates = [recent_rate(slow, 0.0, now, 30.0) for now in (100.0, 110.0, 120.0, 160.0)]
+    assert all(later < earlier for earlier, later in pairwise(rates)) and rates[-1] == 0.0
+
+
+def test_nothing_done_is_no_rate() -> None:
+    assert recent_rate([], 0.0, 10.0, 30.0) == 0.0
+    assert active_seconds([]) == 0.0
+
+
+@given(SPANS)
+def test_active_time_is_the_measure_of_the_union_of_the_units_times(spans: list[tuple[float, float]]) -> None:
+    done = [Done(at=start + length, seconds=length, tokens=1) for start, length in spans]
+    edges = sorted({edge for unit in done for edge in (unit.at - unit.seconds, unit.at)})
+    covered = sum(
+        right - left
+        for left, right in pairwise(edges)
+        if any(unit.at - unit.seconds <= (left + right) / 2 <= unit.at for unit in done)
+    )
+    assert active_seconds(done) == pytest.approx(covered, abs=1e-6)

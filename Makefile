@@ -2,11 +2,12 @@
 CONFIG ?= configs/demo.yaml
 NPROC  ?= 1
 PYTHON ?= python3
+VLLM   ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 SIFT   := .venv/bin/tokensift
 # Idle threads sleep instead of spinning: a busy machine would otherwise run many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo reference score train eval report test test-all lint format bench mutants clean
+.PHONY: help setup vllm demo reference score train eval report test test-all test-vllm lint format bench mutants clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -19,6 +20,16 @@ setup: .venv/ready  ## build .venv from the pinned constraints
 	@# torch first and pinned: any other resolution would fetch gigabytes of CUDA on a machine without a GPU
 	.venv/bin/python -m pip install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+vllm: .venv-vllm/ready  ## build .venv-vllm, where workers of score.engine: vllm run  (VLLM=cpu, VLLM=gpu)
+
+.venv-vllm/ready: pyproject.toml constraints-vllm-$(VLLM).txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	@# every package is named: a resolver would add what only breaks on a CPU
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm-$(VLLM).txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: setup      ## the whole road on made data, in minutes: ends with runs/demo/train/report.html
@@ -44,6 +55,10 @@ test: setup      ## the laws, fast
 
 test-all: setup  ## the laws, with the slow ones
 	.venv/bin/python -m pytest -m ''
+
+test-vllm: setup vllm  ## law 5 and equal bytes in vllm's environment, and workers started in it
+	.venv-vllm/bin/python -m pytest tests/score_jobs/test_vllm.py
+	.venv/bin/python -m pytest -m '' tests/score_jobs/test_vllm_workers.py
 
 lint: setup      ## ruff and pyright
 	.venv/bin/ruff check .

@@ -61,6 +61,7 @@ class Score(Section):
     model: str = Field(description="the reference model: Hugging Face name or local folder")
     output: Path
     engine: Literal["hf", "vllm"] = Field(default="hf", description="hf: packed Hugging Face forward; vllm: its own")
+    python: Path | None = Field(default=None, description="the Python that workers run in; null: the driver's own")
     dtype: Dtype = "bfloat16"
     batch_tokens: int = Field(
         default=16_384, ge=1, le=MOST_TOKENS, description="tokens of one forward pass of one worker"

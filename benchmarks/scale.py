@@ -25,11 +25,11 @@ from pipeline.status import status
 from schemas.config import Config, load_config
 from schemas.receipt import Layout, Receipt, read_receipts, write_complete, write_dataset, write_receipt
 from score_jobs import pool, worker
-from score_jobs.corpus import Surveyed
 from score_jobs.engines import Scored
 from score_jobs.job import prepare
 from score_jobs.plan import Unit, cut_units, plan
 from score_jobs.progress import Progress
+from score_jobs.survey import Surveyed
 from score_jobs.worker import Job
 
 SHARDS = 114

@@ -16,11 +16,14 @@ from schemas.models import open_tokenizer, positions
 from schemas.receipt import Layout
 from schemas.shard import Window, encode_shard, shard_schema
 from schemas.window import encode_in_batches
-from score_jobs.corpus import Document, ShardError, Surveyed, read_documents, survey, text_column_problem
+from score_jobs.corpus import Document, read_documents
 from score_jobs.engines import Scored, open_engine
 from score_jobs.files import resolve
+from score_jobs.inputs import ShardError
 from score_jobs.job import prepare
-from score_jobs.plan import SURVEY_THREADS, cut_units
+from score_jobs.plan import VERSION_THREADS, cut_units
+from score_jobs.survey import Surveyed, survey
+from score_jobs.tables import text_column_problem
 from score_jobs.worker import Job
 
 SHARDS, DOCUMENTS = 8, 64  # shards that are read, and documents tokenised of each, evenly spread
@@ -100,7 +103,7 @@ def estimate(config: Config, rate: bool = True) -> Estimate:
     if limit is not None and limit < config.context.window:
         raise UserError(f"context.window: {config.context.window} is more than the {limit} positions of {job.model}")
     urls = resolve(config.corpus)
-    with ThreadPoolExecutor(SURVEY_THREADS) as pool:
+    with ThreadPoolExecutor(VERSION_THREADS) as pool:
         sizes = dict(zip(urls, pool.map(_size, urls), strict=True))
     tokenizer = open_tokenizer(job.model, "score.model")
     looks = [_sample(job, tokenizer, url) for url in _spread(urls, SHARDS)]

@@ -12,8 +12,8 @@ from schemas.config import Config
 from schemas.errors import UserError
 from schemas.receipt import Layout, read_receipts
 from score_jobs import estimate as module
-from score_jobs.corpus import Surveyed
 from score_jobs.estimate import Sample, estimate, estimate_tokens
+from score_jobs.survey import Surveyed
 
 
 def fresh(config: Config, output: Path, **changes: object) -> Config:

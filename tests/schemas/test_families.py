@@ -11,24 +11,24 @@ from benchmarks.families import TOLERANCE_NATS, WALK, page, walk
 ROOT = Path(__file__).resolve().parents[2]
 # One of each kind that once was silently wrong or needs another way: what the walk over all of them must say.
 KINDS = {
-    "llama": "packed",
-    "mistral": "packed",  # sliding window
+    "llama": "varlen",
+    "mistral": "varlen",  # sliding window
     "gemma2": "packed",  # soft cap
-    "gpt2": "packed",  # learned positions that are handed in; dropout in its config
-    "opt": "alone",  # learned positions of its own counting
+    "gpt2": "varlen",  # learned positions that are handed in; dropout in its config
+    "opt": "varlen",  # learned positions; told of boundaries it shares rows
     "bloom": "alone",  # ALiBi
     "openai-gpt": "alone",
     "mamba": "alone",  # recurrent state
     "recurrent_gemma": "alone",
     "jamba": "alone",  # hybrid
     "bert": "refused",  # not causal at all
-    "bert as decoder": "alone",
-    "phi3": "packed",
+    "bert as decoder": "varlen",
+    "phi3": "varlen",
     "phi3 with longrope beyond 5": "refused",  # the longest window of a batch changes the rope of all
 }
 
 
-def test_a_family_of_each_kind_is_packed_alone_or_refused_and_never_wrong() -> None:
+def test_a_family_of_each_kind_shares_rows_has_its_own_or_is_refused_and_is_never_wrong() -> None:
     found = {verdict.family: verdict for verdict in walk(list(KINDS))}
     assert {family: verdict.way for family, verdict in found.items()} == KINDS, found
     assert all(verdict.nats <= TOLERANCE_NATS for verdict in found.values())

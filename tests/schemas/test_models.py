@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from schemas.errors import UserError
-from schemas.models import local_model, open_model, open_tokenizer
+from schemas.models import MOST_LAYERS, local_model, open_model, open_tokenizer, positions
 
 
 @pytest.fixture
@@ -174,3 +175,110 @@ def test_damaged_folders_open_or_are_one_error(tiny_model: Path, tmp_path: Path,
             assert str(folder) in str(error) and error.problem.startswith(("base: ", "context.window: ")) and error.fix
             assert "\n" not in str(error)
         shutil.rmtree(folder)
+
+
+def said(function: Any, *arguments: Any) -> tuple[str, str]:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return caught.value.problem, caught.value.fix
+
+
+def test_what_is_wrong_with_a_folder_is_said_with_the_way_on(folder: Path) -> None:
+    assert said(open_model, folder, "base", 513) == (
+        f"context.window: 513 is more than the 512 positions of {folder}",
+        "lower it",
+    )
+    assert open_model(folder, "base", 512).isolation == "varlen"
+    edit_json(folder / "config.json", num_hidden_layers=MOST_LAYERS + 1)
+    assert said(open_model, folder, "base", 64) == (
+        f"base: {folder}/config.json: num_hidden_layers: {MOST_LAYERS + 1} is no model's",
+        "mend it",
+    )
+    edit_json(folder / "config.json", num_hidden_layers=2, vocab_size=500)
+    assert said(open_tokenizer, folder, "base") == (
+        f"base: {folder} knows 500 tokens, its tokenizer makes 512",
+        "use the tokenizer that the model was trained with",
+    )
+    garbage_config(folder)
+    problem, fix = said(positions, folder, "base")
+    assert problem.startswith(f"base: {folder}/config.json cannot be read (") and fix == "mend it"
+    no_config(folder)
+    assert said(open_model, folder, "base", 64) == (
+        f"base: {folder} has no config.json, so it is not a model",
+        "name a Hugging Face folder",
+    )
+    assert len(open_tokenizer(folder, "base")) == 512  # a folder may hold a tokenizer alone
+    (folder / "tokenizer.json").write_text("{}")
+    problem, fix = said(open_tokenizer, folder, "base")
+    assert problem.startswith(f"base: {folder} has no usable tokenizer (") and "NoneType" not in problem
+    assert fix == "copy the model's tokenizer files there"
+
+
+def test_weights_that_cannot_be_read_and_those_that_are_not_whole_are_told_apart(folder: Path) -> None:
+    rewrite(folder, lambda weights: [weights.pop(name) for name in sorted(weights)[1:5]])
+    problem, fix = said(open_model, folder, "base", 64)
+    assert problem.startswith(f"base: {folder} does not hold the weights its config.json describes: 4 missing (model.")
+    assert problem.count("model.layers") == 3 and problem.endswith(")")
+    assert fix == "fetch or save the model again; a layer without its weights would be random"
+    (folder / "model.safetensors").write_bytes(b"")
+    problem, fix = said(open_model, folder, "base", 64)
+    assert problem.startswith(f"base: {folder} cannot be loaded (") and "NoneType" not in problem
+    assert fix == "mend or convert it"
+
+
+def test_code_beside_a_tokenizer_or_a_config_is_never_run(folder: Path) -> None:
+    ran = folder / "ran"
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nraise SystemExit"
+    (folder / "mine.py").write_text(code)
+    edit_json(
+        folder / "tokenizer_config.json", tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.T", "mine.T"]}
+    )
+    with suppress(UserError):  # what a library makes of it is its own affair
+        open_tokenizer(folder, "base")
+    own_code(folder)
+    (folder / "mine.py").write_text(code)
+    for function in (positions, open_tokenizer):
+        assert said(function, folder, "base")[0].startswith("base: ")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(("named", "limit"), [(512, 512), (1, 1), (0, None), (-1, None), (None, None)])
+def test_the_positions_of_a_model_are_those_its_config_names_if_any(folder: Path, named: Any, limit: Any) -> None:
+    edit_json(folder / "config.json", max_position_embeddings=named)
+    if named is None:
+        edit_json(folder / "config.json", model_type="mamba", architectures=["MambaForCausalLM"])
+    assert positions(folder, "base") == limit
+
+
+def test_parameters_have_the_dtype_that_is_asked_for_and_compute_in_it_unless_told_otherwise(folder: Path) -> None:
+    for dtype, compute in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)):
+        opened = open_model(folder, "base", 64, dtype=dtype, compute=compute)
+        assert {parameter.dtype for parameter in opened.module.parameters()} == {dtype}
+        assert opened.compute == (compute or dtype)
+    assert not open_model(folder, "base", 64).module.training
+    assert open_model(folder, "base", 64, dropout=True).module.training
+
+
+def test_a_repository_is_fetched_without_pickles_and_what_the_hub_says_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        if name == "a/gone":
+            raise OSError("no such repository\nmore")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert local_model("a/model", "score.model") == tmp_path
+    assert asked[0][0] == "a/model" and "*.safetensors" in asked[0][1]
+    assert not any(Path(name).match(pattern) for pattern in asked[0][1] for name in ("a.bin", "a.pt", "a.py"))
+    assert said(local_model, "a/gone", "score.model") == (
+        "score.model: `a/gone` is neither a local folder nor to be had from the hub (no such repository)",
+        "mend the path or the network",
+    )
+    assert said(local_model, "./gone") == (
+        "model: `./gone`: no such folder",
+        "train it first (`make reference`) or mend the path",
+    )

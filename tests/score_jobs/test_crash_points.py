@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ SCRIPT = """
 import json, os, pathlib, sys
 from schemas.config import Config
 from schemas.receipt import Layout
+from score_jobs.lines import Mark
 from score_jobs.plan import Unit
 from score_jobs.worker import Job, Worker
 
@@ -27,7 +29,7 @@ folder = pathlib.Path(sys.argv[1])
 raw = json.loads((folder / "job.json").read_text())
 config = Config.model_validate(raw["config"])
 worker = Worker(Job(pathlib.Path(raw["model"]), config.corpus, config.context, config.score, raw["fingerprint"]))
-unit = Unit(**raw["unit"])
+unit = Unit(**{**raw["unit"], "mark": Mark(**raw["unit"]["mark"])})
 calls = 0
 
 
@@ -91,7 +93,7 @@ def test_law_1_a_crash_at_any_step_of_publication_leaves_a_unit_that_is_redone_t
     whole = worker.score(unit)
     assert whole.quarantined == 3
     expected = worker.layout.shard(unit.name).read_bytes(), worker.layout.quarantine(unit.name).read_bytes()
-    described = {name: getattr(unit, name) for name in unit.__dataclass_fields__}
+    described = asdict(unit)
     (tmp_path / "job.json").write_text(
         json.dumps(
             {

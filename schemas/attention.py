@@ -80,7 +80,7 @@ def attend(
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     if query.is_cuda and query.dtype in KERNEL_DTYPES and not dropout:
         found = _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
-    elif torch.is_grad_enabled():
+    elif torch.is_grad_enabled() or dropout:
         found = _uncompiled(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window)
     else:
         found = _opaque(query, key, value, cu_seq_lens_q, scaling, sliding_window)

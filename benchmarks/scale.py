@@ -119,7 +119,7 @@ def make_corpus(folder: Path, units: int) -> Config:
         old.unlink()
     each = -(-units // SHARDS)
     for shard in range(SHARDS):
-        lines = [json.dumps({"text": f"x_{shard} = {number:07d}; " * 8}) for number in range(each)]
+        lines = [json.dumps({"text": f"x_{shard:03d} = {number:07d}; " * 8}) for number in range(each)]
         (folder / f"part-{shard:03d}.jsonl").write_text("\n".join(lines) + "\n")
     size = sum(item.stat().st_size for item in folder.glob("*.jsonl")) // (SHARDS * each)
     return load_config(path, {"score.unit_bytes": size, "score.output": str(folder / "scores")})

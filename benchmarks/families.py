@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from schemas.batch import collate
+from schemas.batch import collate, renumbered
 from schemas.errors import UserError
 from schemas.forward import Opened
 from schemas.loss import batch_losses
@@ -192,8 +192,7 @@ def together(opened: Opened, training: bool) -> list[np.ndarray]:
     for start in range(0, len(rows), ROWS_A_BATCH):
         chosen = rows[start : start + ROWS_A_BATCH]
         members = [index for row in chosen for index in row]
-        numbers = iter(range(len(members)))
-        batch = collate([windows[i] for i in members], [[next(numbers) for _ in row] for row in chosen], WINDOW)
+        batch = collate([windows[i] for i in members], renumbered(chosen), WINDOW)
         losses = live(batch, lambda nats: ~nats.isnan()).losses if training else batch_losses(opened, batch).loss
         found |= {index: values[1:] for index, values in zip(members, batch.gather(losses), strict=True)}
     return [found[index] for index in range(len(windows))]

@@ -34,6 +34,8 @@ import yaml
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from score_jobs.keeper import lives
+
 KILLED, DONE, REFUSED = -signal.SIGKILL, 0, 2
 # What is struck, and how a job that lost it may end. `stopped`: it gets a SIGSTOP, else a SIGKILL.
 ENDS = {
@@ -99,14 +101,6 @@ def make_world(folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether a process runs or could."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def is_a(process: psutil.Process, kind: str) -> bool:

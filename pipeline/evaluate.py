@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from pipeline.progress import bar, console
-from schemas.batch import IGNORE, collate
+from schemas.batch import IGNORE, collate, renumbered
 from schemas.config import Config, Context
 from schemas.errors import UserError, first_line
 from schemas.models import local_model, open_model, open_tokenizer
@@ -55,12 +55,7 @@ class TargetLoss:
         for start in range(0, len(rows), self.rows):
             chosen = rows[start : start + self.rows]
             members = [index for row in chosen for index in row]
-            numbers = iter(range(len(members)))
-            batch = collate(
-                [self.windows[index] for index in members],
-                [[next(numbers) for _ in row] for row in chosen],
-                self.row_tokens,
-            )
+            batch = collate([self.windows[index] for index in members], renumbered(chosen), self.row_tokens)
             for index, place in zip(members, batch.places, strict=True):
                 batch.targets[place.row, place.start : place.start + self.prompts[index] - 1] = IGNORE
             losses = live(batch.to(device), choose_none).losses

@@ -21,6 +21,7 @@ from schemas.lock import is_locked
 from schemas.receipt import Layout, read_complete, read_dataset
 from score_jobs.plan import Unit, known_units
 from score_jobs.progress import matmul_flops
+from score_jobs.quarantine import read_reasons
 from score_jobs.rate import Done, active_seconds, recent_rate
 
 RECENT_SECONDS = 300.0
@@ -122,8 +123,7 @@ def _reasons(layout: Layout, looks: list[Look]) -> dict[str, int]:
     reasons: Counter[str] = Counter()
     for unit in files[::step]:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            lines = layout.store.read(layout.name(layout.QUARANTINE, unit)).splitlines()
-            reasons.update(re.sub(r"^\d+", "N", str(json.loads(line)["reason"])) for line in lines)
+            reasons.update(re.sub(r"^\d+", "N", reason) for reason in read_reasons(layout, unit))
     return dict(reasons.most_common())
 
 

@@ -7,7 +7,7 @@ Example, rows of 8 tokens, windows [a b c], [d e f g] and [h i]:
     targets    b c - e f g - -      i - - - - - - -       `-` is IGNORE: nothing is predicted there
     owner      0 0 0 1 1 1 1 x      2 2 x x x x x x       `x` is -1
     bounds     0 3 7 8 10 16        where a window or a row's padding begins, rows laid end to end
-    predicted  0 1 3 4 5 8          columns that predict, window after window
+    predicted  0 1 3 4 5 8          columns that predict
 
 Attention is told of the boundaries (`schemas.attention`), or Hugging Face models read block-diagonal causal attention
 off the restarting positions (`transformers.masking_utils.find_packed_sequence_indices`). Whether a model really keeps
@@ -17,6 +17,7 @@ windows apart is not taken on trust: `schemas.models` proves it when the model i
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 import torch
@@ -118,19 +119,23 @@ def collate(windows: Sequence[np.ndarray], rows: Sequence[Sequence[int]], row_to
         if restart:  # padding is a window of its own, so no real token attends to it
             positions[number, start:] = np.arange(width - start)
     bounds.append(ids.size)
-    ordered = [places[index] for index in range(len(windows))]
-    predicted = [place.row * width + np.arange(place.start, place.start + place.length - 1) for place in ordered]
     return Batch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(targets),
         owner=torch.from_numpy(owner),
         bounds=torch.tensor(bounds, dtype=torch.int32),
-        predicted=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *predicted])),
+        predicted=torch.from_numpy(np.flatnonzero(targets != IGNORE)),
         # One of few values: a compiled model and a kernel's launch depend on it.
         longest=1 << (int(np.diff(bounds).max(initial=1)) - 1).bit_length(),
-        places=ordered,
+        places=[places[index] for index in range(len(windows))],
     )
+
+
+def renumbered(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows of the same sizes that hold 0, 1, 2 ... in order: for `collate` of the windows that stand in `rows`, in order."""
+    numbers = count()
+    return [[next(numbers) for _ in row] for row in rows]
 
 
 def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """The forward: an opened model, and the one function that runs it. Attention, dtype and positions are decided here."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,20 +53,12 @@ def forward(model: Opened, batch: Batch) -> torch.Tensor:
     # Alone, a model counts positions itself: some families know no other ones.
     named: dict[str, Any] = {} if model.isolation == "alone" else {"position_ids": batch.positions}
     body = model.module.base_model if model.linear else model.module
-    with casting(model):
-        if model.isolation == "varlen":
-            with bounded():
-                output = body(
-                    input_ids=batch.ids,
-                    use_cache=False,
-                    cu_seq_lens_q=batch.bounds,
-                    cu_seq_lens_k=batch.bounds,
-                    max_length_q=batch.longest,
-                    max_length_k=batch.longest,
-                    **named,
-                )
-        else:
-            output = body(input_ids=batch.ids, use_cache=False, **named)
+    told = model.isolation == "varlen"
+    if told:
+        named |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch.bounds)
+        named |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest)
+    with casting(model), bounded() if told else nullcontext():
+        output = body(input_ids=batch.ids, use_cache=False, **named)
     return output.last_hidden_state if model.linear else output.logits
 
 

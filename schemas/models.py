@@ -37,8 +37,7 @@ def open_model(
     """
     module = _load(folder, field, dtype)
     limit = _positions(module.config.get_text_config())
-    if limit is not None and limit < window:
-        raise UserError(f"context.window: {window} is more than the {limit} positions of {folder}", "lower it")
+    refuse_long_windows(limit, window, folder)
     module.to(device).eval()
     opened = prove(module, compute or dtype, window, f"{field}: {folder}")
     module.train(dropout)
@@ -127,6 +126,12 @@ def _check_vocabulary(folder: Path, tokenizer: Any, field: str) -> None:
             f"{field}: {folder} knows {size} tokens, its tokenizer makes {len(tokenizer)}",
             "use the tokenizer that the model was trained with",
         )
+
+
+def refuse_long_windows(limit: int | None, window: int, folder: Path) -> None:
+    """Raise UserError if windows are longer than a model's positions (`limit`; None: it has no end of them)."""
+    if limit is not None and limit < window:
+        raise UserError(f"context.window: {window} is more than the {limit} positions of {folder}", "lower it")
 
 
 def positions(folder: Path, field: str) -> int | None:

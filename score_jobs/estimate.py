@@ -12,7 +12,7 @@ import torch
 
 from schemas.config import Config
 from schemas.errors import UserError
-from schemas.models import open_tokenizer, positions
+from schemas.models import open_tokenizer, positions, refuse_long_windows
 from schemas.receipt import Layout
 from schemas.shard import Window, encode_shard, shard_schema
 from schemas.window import encode_in_batches
@@ -99,9 +99,7 @@ def estimate(config: Config, rate: bool = True) -> Estimate:
     """
     layout = Layout(config.score.output)
     job = prepare(config, layout)
-    limit = positions(job.model, "score.model")
-    if limit is not None and limit < config.context.window:
-        raise UserError(f"context.window: {config.context.window} is more than the {limit} positions of {job.model}")
+    refuse_long_windows(positions(job.model, "score.model"), config.context.window, job.model)
     urls = resolve(config.corpus)
     with ThreadPoolExecutor(VERSION_THREADS) as pool:
         sizes = dict(zip(urls, pool.map(_size, urls), strict=True))

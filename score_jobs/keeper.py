@@ -45,7 +45,7 @@ class Keeper:
             with suppress(psutil.Error):
                 if child.name() in self.names:
                     self.vital[child] = child.name()
-        return next((name for process, name in self.vital.items() if not _lives(process)), "")
+        return next((name for process, name in self.vital.items() if not lives(process)), "")
 
     def close(self) -> None:
         """Kill what is left of all that was known, and wait until it is gone."""
@@ -69,7 +69,8 @@ class Keeper:
         self.known |= found
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
+    """Whether a process runs or could."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

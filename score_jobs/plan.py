@@ -138,14 +138,18 @@ def _version_or_error(url: str) -> str | ShardError:
 def _read_inventory(path: Path) -> dict[str, Entry]:
     """What earlier surveys found. A cache: one that is missing, damaged or of another version is made anew."""
     try:
-        return _INVENTORY.validate_python(unseal(path.read_bytes()).get("shards"))
+        return _shards(path.read_bytes())
     except (OSError, ValueError):
         return {}
 
 
+def _shards(inventory: bytes) -> dict[str, Entry]:
+    return _INVENTORY.validate_python(unseal(inventory).get("shards"))
+
+
 def known_units(inventory: bytes, fingerprint: dict[str, Any]) -> list[Unit]:
     """The units of all shards that an inventory knows, without a look at any of them. Raises ValueError if damaged."""
-    shards = _INVENTORY.validate_python(unseal(inventory).get("shards"))
+    shards = _shards(inventory)
     unit_bytes, settings = fingerprint["scorer"]["unit_bytes"], digest(fingerprint)
     return [unit for url, known in shards.items() for unit in cut_units(url, known.surveyed, unit_bytes, settings)]
 

@@ -38,6 +38,12 @@ class Tally:
         return tally
 
 
+def read_reasons(layout: Layout, unit: str) -> list[str]:
+    """Why each quarantined document of a unit could not be scored. Raises what a file that is gone or damaged does."""
+    lines = layout.store.read(layout.name(layout.QUARANTINE, unit)).splitlines()
+    return [str(json.loads(line)["reason"]) for line in lines]
+
+
 def refuse_quarantine(layout: Layout, tally: Tally, receipts: Iterable[Receipt], most: float) -> None:
     """Raise UserError if more than the share `most` of the documents counted in `tally` could not be scored.
 
@@ -48,8 +54,7 @@ def refuse_quarantine(layout: Layout, tally: Tally, receipts: Iterable[Receipt],
     reasons: Counter[str] = Counter()
     for receipt in receipts:
         if receipt.quarantined:
-            lines = layout.quarantine(receipt.unit).read_text().splitlines()
-            reasons.update(str(json.loads(line)["reason"]) for line in lines)
+            reasons.update(read_reasons(layout, receipt.unit))
     reason, count = reasons.most_common(1)[0]
     raise UserError(
         f"{layout.root}: {tally.quarantined} of {tally.documents} documents are in quarantine, {count} of them because: {reason}",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from schemas.batch import Batch, RowFiller, collate
+from schemas.batch import Batch, RowFiller, collate, renumbered
 from schemas.errors import UserError
 from trainer.data import Placed, Source, ordered
 
@@ -109,10 +109,7 @@ def _micro_batch(
     rows: list[list[int]], members: list[Placed], counts: list[int], order: Order, row_tokens: int
 ) -> MicroBatch:
     own = [members[index] for row in rows for index in row]
-    numbers = iter(range(len(own)))
-    batch = collate(
-        [placed.window.tokens for placed in own], [[next(numbers) for _ in row] for row in rows], row_tokens
-    )
+    batch = collate([placed.window.tokens for placed in own], renumbered(rows), row_tokens)
     columns = {name: batch.spread([column(name, placed, order.seed) for placed in own]) for name in order.columns}
     return MicroBatch(batch=batch, columns=columns, counts=counts)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from schemas.batch import Place, collate, gather
+from schemas.batch import Place, collate, gather, renumbered
 from schemas.config import Score
 from schemas.errors import UserError, first_line
 from schemas.forward import decoder_layers
@@ -53,8 +53,7 @@ class PackedEngine:
 
     def _run(self, windows: list[np.ndarray], rows: list[list[int]]) -> tuple[list[Place], Losses]:
         """Losses of windows that stand in these rows, in the rows' order; they may still be on their way."""
-        numbers = iter(range(len(windows)))
-        batch = collate(windows, [[next(numbers) for _ in row] for row in rows], self.row_tokens)
+        batch = collate(windows, renumbered(rows), self.row_tokens)
         try:
             return batch.places, batch_losses(self.model, batch.to(self.device), self.entropy)
         except TorchDynamoException as error:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from schemas.errors import UserError, first_line
-from schemas.models import positions
+from schemas.models import positions, refuse_long_windows
 from score_jobs.engines import Scored
 
 SEQUENCES = 256  # of one step, at most; vLLM's own default depends on the card's memory, and the batches would with it
@@ -29,8 +29,7 @@ class VllmEngine:
         if entropy:
             raise UserError("score.entropy: the vllm engine gives losses only; set it to false, or score.engine: hf")
         limit = positions(model, "score.model")
-        if limit is not None and limit < window:
-            raise UserError(f"context.window: {window} is more than the {limit} positions of {model}", "lower it")
+        refuse_long_windows(limit, window, model)
         _set_environment(beyond=limit == window)
         try:
             from vllm import LLM, SamplingParams

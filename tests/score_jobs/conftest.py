@@ -12,6 +12,7 @@ import pytest
 
 from schemas.config import Config
 from schemas.receipt import Layout
+from score_jobs.keeper import lives
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 120
@@ -66,7 +67,7 @@ class Job:
     def survivors(self, patience_seconds: float = 30.0) -> list[psutil.Process]:
         """Remembered descendants that still live after a while."""
         _, alive = psutil.wait_procs(self.family, timeout=patience_seconds)
-        return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in alive if lives(process)]
 
     def destroy(self) -> None:
         """Leave nothing behind: only processes that this job started."""

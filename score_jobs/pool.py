@@ -362,7 +362,9 @@ def _start(score: Score) -> Cluster:
             raise
         waited = time.monotonic() - start
         if local:
-            raise UserError(f"Ray did not start on this machine ({waited:.0f} s: {first_line(error)})", GO_ON) from error
+            raise UserError(
+                f"Ray did not start on this machine ({waited:.0f} s: {first_line(error)})", GO_ON
+            ) from error
         raise UserError(
             f"score.address: `{score.address}`: no Ray cluster after {waited:.0f} s ({first_line(error)})",
             "start one with `ray start --head`, or set score.address: null for a local one",

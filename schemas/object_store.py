@@ -85,6 +85,10 @@ class Url:
         """The name without its last suffix."""
         return Path(self.name).stem
 
+    def absolute(self) -> "Url":
+        """Itself: it is the same on every node."""
+        return self
+
     def stat(self) -> Stat:
         """Raises FileNotFoundError if there is no such object."""
         found = ask(self, lambda client, obstore: obstore.head(client, self.key))

@@ -12,9 +12,8 @@ from pydantic import TypeAdapter
 from schemas.config import Corpus
 from schemas.disk import writing
 from schemas.errors import UserError
-from schemas.fingerprint import digest
 from schemas.place import Place, open_store
-from schemas.seal import seal, unseal
+from schemas.seal import digest, seal, unseal
 from score_jobs.files import resolve
 from score_jobs.inputs import ShardError, version_of
 from score_jobs.lines import START, Mark

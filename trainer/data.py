@@ -22,10 +22,11 @@ from trainer.cache import Cache
 
 
 class Source(Protocol):
-    """Windows in numbered groups."""
+    """Windows in numbered groups. `columns`: what is stored beside their tokens."""
 
     fingerprint: str
     group_sizes: np.ndarray
+    columns: frozenset[str]
 
     def read(self, group: int) -> list[Window]:
         """The windows of one group, in stored order."""
@@ -51,6 +52,8 @@ class ScoreShards:
             self.groups = [group for found in readers.map(self._groups, shards, receipts.values()) for group in found]
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
+        entropy = bool(self.dataset["scorer"].get("entropy"))
+        self.columns = frozenset({"ref_loss", "ref_entropy"} if entropy else {"ref_loss"})
 
     def _groups(self, path: Place, receipt: Receipt) -> list["Group"]:
         try:
@@ -113,6 +116,8 @@ def check_whole(layout: Layout, found: set[str], partial: bool) -> None:
 
 class MemoryWindows:
     """Windows held in memory, without scores: what plain training of a base or a reference reads."""
+
+    columns: frozenset[str] = frozenset()
 
     def __init__(self, windows: list[np.ndarray], group: int = 1024):
         """Take windows of token ids; `group` of them are shuffled as one."""

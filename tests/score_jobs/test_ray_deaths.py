@@ -205,7 +205,7 @@ def test_a_killed_node_of_two_costs_its_units_and_a_node_that_joins_takes_over(
 ) -> None:
     config, path = world
     cluster.tell("add", "first")
-    job = start(path, f"score.address={cluster.address}")
+    job = start(path, f"score.address={cluster.address}", "score.workers=2")
     job.until(lambda: len(receipts(config)) >= 1)
     cluster.tell("remove", "first")
     cluster.tell("add", "second")

@@ -11,6 +11,7 @@ from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
 from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, corpus_documents
+from trainer.cache import Cache
 from trainer.data import MemoryWindows, ScoreShards, Source
 from trainer.loop import Run, Stopped, train
 from trainer.ranks import die_with_parent, joined
@@ -20,7 +21,8 @@ def train_live(config: Config) -> Path:
     """Stage 2: train from the base on stored scores; one folder a run. Returns the final model's folder."""
     die_with_parent()
     settings = config.train.model_copy(update={"output": config.train.folder})
-    source = ScoreShards(config.score.output, config.train.partial)
+    cache = Cache(config.train.cache, config.train.cache_bytes)
+    source = ScoreShards(config.score.output, config.train.partial, cache)
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
     changed = difference(source.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")

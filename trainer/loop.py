@@ -29,7 +29,9 @@ from trainer.selection import Selection
 from trainer.stream import Geometry, Order, Step, prefetched, steps
 
 # What may differ on resume: it decides no number.
-FREE_SETTINGS = {"output", "run", "checkpoint_every", "keep_checkpoints", "evaluate_every", "micro_rows", "partial"}
+FREE_SETTINGS = {
+    "output", "run", "checkpoint_every", "keep_checkpoints", "evaluate_every", "micro_rows", "partial", "cache", "cache_bytes"
+}  # fmt: skip
 VERSIONS = ("torch", "transformers", "numpy")  # numpy draws the order
 CHECKPOINTS = "checkpoints"
 FORWARDED_SECONDS = 3  # a second signal within this is the first one, handed on by torchrun

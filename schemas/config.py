@@ -161,8 +161,8 @@ class Train(Section):
     def _one_data(self) -> "Train":
         if self.scores and self.mixture:
             raise ValueError("give either `scores` or `mixture`")
-        edges = [edge for pair in self.skip for edge in pair]
-        if any(one >= other for one, other in pairwise([-1, *edges])):
+        gaps = [(-1, 0), *self.skip]
+        if any(start >= end or start < before for (_, before), (start, end) in pairwise(gaps)):
             raise ValueError("`skip` must be ranges [from, to] in ascending order, none empty or into another")
         return self
 

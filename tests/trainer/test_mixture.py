@@ -113,9 +113,8 @@ def test_any_position_opens_the_same_order(mixture):
 def test_places_of_billions_of_windows_are_found_at_once(mixture):
     drawn = mixture.drawn(10**11)
     assert sum(drawn) == 10**11
-    tokens = [
-        count * source.tokens / windows for count, source, windows in zip(drawn, mixture.sources, mixture.windows)
-    ]
+    means = [source.tokens / windows for source, windows in zip(mixture.sources, mixture.windows, strict=True)]
+    tokens = [count * mean for count, mean in zip(drawn, means, strict=True)]
     np.testing.assert_allclose(np.array(tokens) / sum(tokens), np.array(WEIGHTS) / 10, rtol=1e-5)
 
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from schemas.errors import UserError, first_line
+from schemas.place import AnyPlace, Folder
 
 Dtype = Literal["float32", "bfloat16"]
 Objective = Literal["clm", "slm", "random", "self-ref-loss", "self-ref-entropy", "self-ref-both"]
@@ -38,7 +39,7 @@ class Context(Section):
 
 
 class Corpus(Section):
-    """Where documents come from: files (local paths, globs, fsspec URLs) or a Hugging Face dataset by name."""
+    """Where documents come from: files (local paths, globs, URLs of object stores and of fsspec) or a Hugging Face dataset by name."""
 
     paths: list[str] = Field(
         default=[], description=".parquet, .jsonl.zst, .jsonl.gz or .jsonl; globs and URLs allowed"
@@ -60,7 +61,7 @@ class Score(Section):
     """Stage 1: how reference losses are computed."""
 
     model: str = Field(description="the reference model: Hugging Face name or local folder")
-    output: Path
+    output: AnyPlace = Field(description="folder, or URL of an object store, of the scores; default: {root}/scores")
     engine: Literal["hf", "vllm"] = Field(default="hf", description="hf: packed Hugging Face forward; vllm: its own")
     python: Path | None = Field(default=None, description="the Python that workers run in; null: the driver's own")
     dtype: Dtype = "bfloat16"
@@ -87,20 +88,20 @@ class Score(Section):
     )
 
 
-Paths = Annotated[list[Path], BeforeValidator(lambda given: [given] if isinstance(given, str | Path) else given)]
+Places = Annotated[list[AnyPlace], BeforeValidator(lambda given: given if isinstance(given, list) else [given])]
 
 
 class Part(Section):
     """One part of a mixture."""
 
-    scores: Paths = Field(min_length=1, description="as `train.scores`")
+    scores: Places = Field(min_length=1, description="as `train.scores`")
     weight: float = Field(gt=0, description="share of the tokens, in any unit")
 
 
 class Train(Section):
     """One training run; the reference's run and the live model's run share these fields."""
 
-    scores: Paths = Field(
+    scores: Places = Field(
         default=[],
         description="score datasets to train on; none: score.output. Several are references over one corpus: tokens of"
         " the first, scores the mean of all",
@@ -111,8 +112,7 @@ class Train(Section):
         description="windows left out: from and to (exclusive), places in the order, as `position` in metrics.jsonl."
         " What lies ahead of a run may be changed",
     )
-
-    output: Path = Field(
+    output: Folder = Field(
         description="folder of the runs; default: {root}/train, and {root}/reference for the reference"
     )
     run: Name | None = Field(default=None, description="the run's own folder below `output`; null: the objective")
@@ -148,6 +148,10 @@ class Train(Section):
     dropout: bool = Field(default=False, description="train with the dropout that the model's own config names")
     checkpoint_every: int = Field(default=500, ge=1, description="steps")
     partial: bool = Field(default=False, description="train on a score dataset that is not finished")
+    cache: Folder | None = Field(
+        default=None, description="folder, on a local disk, for scores read from an object store; null: a temporary one"
+    )
+    cache_bytes: int = Field(default=20_000_000_000, ge=0, description="most that `cache` holds on a node")
     keep_checkpoints: int = Field(default=2, ge=1)
     evaluate_every: int = Field(default=0, ge=0, description="steps; 0: only at the start and the end")
 
@@ -198,7 +202,7 @@ class Config(Section):
     """Everything one experiment needs."""
 
     name: str
-    root: Path = Field(description="folder of all that the experiment makes; default: runs/<name>")
+    root: Folder = Field(description="folder of all that the experiment makes; default: runs/<name>")
     base: str = Field(description="the model both the reference and the live model start from")
     context: Context = Context()
     corpus: Corpus

@@ -37,6 +37,8 @@ FREE_SETTINGS = {
     "mixture",
     "partial",
     "micro_rows",
+    "cache",
+    "cache_bytes",
     "checkpoint_every",
     "keep_checkpoints",
     "evaluate_every",

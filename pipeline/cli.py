@@ -192,6 +192,18 @@ def train(
     train_live(loaded)
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A training run's checkpoint, .../checkpoints/step-<number>.")],
+    folder: Annotated[Path, typer.Argument(help="The model folder to make.")],
+) -> None:
+    """Make a Hugging Face folder of a checkpoint, block by block: memory does not grow with the model."""
+    from trainer.export import export_to
+
+    export_to(checkpoint, folder)
+    say(f"{folder}: a Hugging Face model, float32")
+
+
 @app.command("eval")
 def eval_(
     models: Annotated[list[str] | None, typer.Argument(help="Model folders; default: all the experiment made.")] = None,

@@ -114,10 +114,14 @@ class Train(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     dtype: Dtype = "bfloat16"
+    recompute: Literal["none", "full"] = Field(
+        default="none", description="full: layers keep their input alone and run again in the backward"
+    )
     dropout: bool = Field(default=False, description="train with the dropout that the model's own config names")
     checkpoint_every: int = Field(default=500, ge=1, description="steps")
     partial: bool = Field(default=False, description="train on a score dataset that is not finished")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest ones that are kept")
+    keep_every: int = Field(default=0, ge=0, description="checkpoints whose step it divides are kept for good; 0: none")
     evaluate_every: int = Field(default=0, ge=0, description="steps; 0: only at the start and the end")
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from schemas.errors import UserError
 from schemas.models import open_model
+from tests.helpers import PATIENCE_SECONDS
 from tests.trainer.conftest import read_rows
 from trainer.data import ScoreShards
 from trainer.live import Live
@@ -161,7 +162,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(scores, tmp_path, train_here, w
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "cut" / "slm" / "final").exists()
-    subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE_SECONDS)
     same_rows(read_rows(tmp_path / "cut" / "slm"), whole, 1e-6)
 
 

@@ -19,6 +19,12 @@ from trainer.ranks import die_with_parent, joined
 def train_live(config: Config) -> Path:
     """Stage 2: train from the base on stored scores; one folder a run. Returns the final model's folder."""
     die_with_parent()
+    settings, base, source, tokenizer = prepared(config)
+    return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
+
+
+def prepared(config: Config) -> tuple[Train, Path, ScoreShards, Any]:
+    """Settings, base, scores and tokenizer of a live model's run. Raises UserError if they do not fit together."""
     settings = config.train.model_copy(update={"output": config.train.folder})
     source = ScoreShards(config.score.output, config.train.partial)
     base = local_model(config.base)
@@ -30,7 +36,7 @@ def train_live(config: Config) -> Path:
             f"{config.score.output}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
             "use the same tokenizer and context",
         )
-    return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
+    return settings, base, source, tokenizer
 
 
 def train_reference(config: Config) -> Path:

@@ -81,11 +81,7 @@ def train(run: Run) -> Path:
 
 def _train(run: Run, final: Path) -> Path:
     origin = run.ranks.share(origin_of(run) if run.ranks.first else {})
-    saved = final if final.exists() else checkpoint.newest(run.config.output / CHECKPOINTS)
-    state = State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin)
-    if saved:
-        state = checkpoint.load_state(saved, run.ranks)
-        checkpoint.refuse_changes(saved, state, origin)
+    saved, state = found(run, origin, run.ranks)
     if saved == final:
         return final
     live, optimizer = build(run, saved)
@@ -114,6 +110,20 @@ def _train(run: Run, final: Path) -> Path:
     if log:
         log.close()
     return final
+
+
+def found(run: Run, origin: dict[str, Any], ranks: Ranks | None = None) -> tuple[Path | None, State]:
+    """What there is of a run: its final model, else its newest checkpoint, else nothing; and the state to go on from.
+
+    Raises UserError if it is damaged, or was made from something else than `origin`. `ranks` share the reading.
+    """
+    final = run.config.output / "final"
+    saved = final if final.exists() else checkpoint.newest(run.config.output / CHECKPOINTS)
+    if not saved:
+        return None, State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin)
+    state = checkpoint.load_state(saved, ranks)
+    checkpoint.refuse_changes(saved, state, origin)
+    return saved, state
 
 
 def loop(

@@ -13,6 +13,7 @@ from schemas.config import Config
 from schemas.errors import UserError, first_line
 from schemas.models import positions, refuse_long_windows
 from schemas.receipt import Layout, read_receipts
+from trainer.choice import require_columns
 from trainer.loop import Run, found, geometry_of, origin_of
 from trainer.memory import foretell
 from trainer.ranks import Ranks
@@ -30,6 +31,7 @@ def forecast(config: Config, ranks: int) -> dict[str, Any]:
     if config.eval.target:
         TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)
     run = Run(settings, config.context, base, source, tokenizer, Ranks(0, ranks, torch.device("cpu")))
+    require_columns(settings.objective, source)
     geometry = geometry_of(run)
     saved, state = found(run, origin_of(run))
     tokens = sum(receipt.tokens for receipt in read_receipts(Layout(config.score.output)).values())

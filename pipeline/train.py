@@ -11,6 +11,7 @@ from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
 from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, corpus_documents
+from trainer.cache import Cache
 from trainer.data import MemoryWindows, ScoreShards, Source
 from trainer.loop import Run, Stopped, train
 from trainer.ranks import die_with_parent, joined
@@ -26,7 +27,8 @@ def train_live(config: Config) -> Path:
 def prepared(config: Config) -> tuple[Train, Path, ScoreShards, Any]:
     """Settings, base, scores and tokenizer of a live model's run. Raises UserError if they do not fit together."""
     settings = config.train.model_copy(update={"output": config.train.folder})
-    source = ScoreShards(config.score.output, config.train.partial)
+    cache = Cache(config.train.cache, config.train.cache_bytes)
+    source = ScoreShards(config.score.output, config.train.partial, cache)
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
     changed = difference(source.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")

@@ -12,9 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from schemas.errors import UserError, first_line
+from schemas.place import AnyPlace, Folder
 
 Dtype = Literal["float32", "bfloat16"]
-Objective = Literal["clm", "slm", "random"]
+Objective = Literal["clm", "slm", "random", "self-ref-loss", "self-ref-entropy", "self-ref-both"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]  # it becomes a folder's
@@ -37,7 +38,7 @@ class Context(Section):
 
 
 class Corpus(Section):
-    """Where documents come from: files (local paths, globs, fsspec URLs) or a Hugging Face dataset by name."""
+    """Where documents come from: files (local paths, globs, URLs of object stores and of fsspec) or a Hugging Face dataset by name."""
 
     paths: list[str] = Field(
         default=[], description=".parquet, .jsonl.zst, .jsonl.gz or .jsonl; globs and URLs allowed"
@@ -59,7 +60,7 @@ class Score(Section):
     """Stage 1: how reference losses are computed."""
 
     model: str = Field(description="the reference model: Hugging Face name or local folder")
-    output: Path
+    output: AnyPlace = Field(description="folder, or URL of an object store, of the scores; default: {root}/scores")
     engine: Literal["hf", "vllm"] = Field(default="hf", description="hf: packed Hugging Face forward; vllm: its own")
     python: Path | None = Field(default=None, description="the Python that workers run in; null: the driver's own")
     dtype: Dtype = "bfloat16"
@@ -89,13 +90,21 @@ class Score(Section):
 class Train(Section):
     """One training run; the reference's run and the live model's run share these fields."""
 
-    output: Path = Field(
+    output: Folder = Field(
         description="folder of the runs; default: {root}/train, and {root}/reference for the reference"
     )
     run: Name | None = Field(default=None, description="the run's own folder below `output`; null: the objective")
     objective: Objective = "clm"
-    keep: float = Field(default=0.6, gt=0, le=1, description="share of valid tokens that `slm` and `random` train on")
-    scope: Literal["micro", "sequence"] = "micro"
+    keep: float = Field(
+        default=0.6,
+        gt=0,
+        le=1,
+        description="share of valid tokens to train on; for `self-ref-both` the share that each of its two scores keeps,"
+        " of which what both keep is trained on; nothing to `clm`",
+    )
+    scope: Literal["micro", "sequence", "step"] = Field(
+        default="micro", description="what tokens are ranked over: a forward of all ranks, a window, an optimizer step"
+    )
     seed: Seed = 0
     epochs: float | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0, description="length of the run in row tokens (padding counted)")
@@ -120,6 +129,10 @@ class Train(Section):
     dropout: bool = Field(default=False, description="train with the dropout that the model's own config names")
     checkpoint_every: int = Field(default=500, ge=1, description="steps")
     partial: bool = Field(default=False, description="train on a score dataset that is not finished")
+    cache: Folder | None = Field(
+        default=None, description="folder, on a local disk, for scores read from an object store; null: a temporary one"
+    )
+    cache_bytes: int = Field(default=20_000_000_000, ge=0, description="most that `cache` holds on a node")
     keep_checkpoints: int = Field(default=2, ge=1, description="newest ones that are kept")
     keep_every: int = Field(default=0, ge=0, description="checkpoints whose step it divides are kept for good; 0: none")
     evaluate_every: int = Field(default=0, ge=0, description="steps; 0: only at the start and the end")
@@ -156,7 +169,7 @@ class Config(Section):
     """Everything one experiment needs."""
 
     name: str
-    root: Path = Field(description="folder of all that the experiment makes; default: runs/<name>")
+    root: Folder = Field(description="folder of all that the experiment makes; default: runs/<name>")
     base: str = Field(description="the model both the reference and the live model start from")
     context: Context = Context()
     corpus: Corpus

@@ -26,7 +26,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from schemas.config import Score
 from schemas.environment import installed
-from schemas.errors import Stranded, UserError, first_line
+from schemas.errors import Stranded, Unreachable, UserError, first_line
 from schemas.fingerprint import arithmetic
 from schemas.receipt import Canary, Receipt
 from score_jobs.inputs import ShardError
@@ -135,7 +135,7 @@ class Pool:
             result: Any = ray.get(reference)
         except RayTaskError as error:
             cause: Any = error.cause
-            if isinstance(cause, UserError):
+            if isinstance(cause, UserError) and not isinstance(cause, Unreachable):
                 raise cause from None
             if call.unit and isinstance(cause, ShardError):
                 self.missing.append(f"{call.unit.name}: {cause}")

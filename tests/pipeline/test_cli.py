@@ -87,7 +87,7 @@ def excess_is_zero_under_the_reference(config: Config, folder: Path) -> None:
     micro = next(steps(order, Geometry(16, 256, 16), 0)).micros[0]
     with torch.no_grad():
         losses = live(micro.batch, lambda losses: ~torch.isnan(losses)).losses
-    excess = selection.scores(losses, micro.columns)
+    excess = selection.ranked(losses, micro.columns)
     assert int((~torch.isnan(excess)).sum()) > 1000
     half_a_step = torch.from_numpy(np.spacing(losses.nan_to_num().half().numpy())).float() / 2
     assert bool((excess.nan_to_num().abs() <= half_a_step + 1e-4).all())

@@ -12,7 +12,6 @@ from pipeline.train import prepared
 from schemas.config import Config
 from schemas.errors import UserError, first_line
 from schemas.models import positions, refuse_long_windows
-from schemas.receipt import Layout, read_receipts
 from trainer.choice import require_columns
 from trainer.loop import Run, found, geometry_of, origin_of
 from trainer.memory import foretell
@@ -34,9 +33,8 @@ def forecast(config: Config, ranks: int) -> dict[str, Any]:
     require_columns(settings.objective, source)
     geometry = geometry_of(run)
     saved, state = found(run, origin_of(run))
-    tokens = sum(receipt.tokens for receipt in read_receipts(Layout(config.score.output)).values())
     row_tokens = geometry.rows * geometry.row_tokens
-    seen = settings.tokens or round((settings.epochs or 1) * tokens)
+    seen = settings.tokens or round((settings.epochs or 1) * source.tokens)
     try:
         shape, memory = foretell(base, settings, geometry.micro_rows, geometry.row_tokens, ranks)
     except Exception as error:  # a family's code may look into tensors, and these have nothing in them
@@ -45,8 +43,8 @@ def forecast(config: Config, ranks: int) -> dict[str, Any]:
     return {
         "run": str(settings.output),
         "windows": int(source.group_sizes.sum()),
-        "tokens": tokens,
-        "epochs": seen / max(1, tokens),
+        "tokens": source.tokens,
+        "epochs": seen / max(1, source.tokens),
         "steps": max(1, round(seen / row_tokens)),
         "steps_done": state.step,
         "goes_on_from": str(saved) if saved else None,

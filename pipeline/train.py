@@ -5,16 +5,19 @@ from typing import Any
 
 from pipeline.evaluate import TargetLoss
 from pipeline.progress import bar, say
-from schemas.config import Config, Context, Corpus, Train
+from schemas.config import Config, Context, Corpus, Part, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
+from schemas.place import Place
 from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, corpus_documents
 from trainer.cache import Cache
 from trainer.data import MemoryWindows, ScoreShards, Source
 from trainer.loop import Run, Stopped, train
+from trainer.mixture import Mixture
 from trainer.ranks import die_with_parent, joined
+from trainer.references import References
 
 
 def train_live(config: Config) -> Path:
@@ -24,21 +27,35 @@ def train_live(config: Config) -> Path:
     return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
 
 
-def prepared(config: Config) -> tuple[Train, Path, ScoreShards, Any]:
-    """Settings, base, scores and tokenizer of a live model's run. Raises UserError if they do not fit together."""
+def prepared(config: Config) -> tuple[Train, Path, Source, Any]:
+    """Settings, base, data and tokenizer of a live model's run. Raises UserError if they do not fit together."""
     settings = config.train.model_copy(update={"output": config.train.folder})
-    cache = Cache(config.train.cache, config.train.cache_bytes)
-    source = ScoreShards(config.score.output, config.train.partial, cache)
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
-    changed = difference(source.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
-    changed += difference(source.dataset["context"], config.context.model_dump(), "context")
+    return settings, base, source_of(config, tokenizer), tokenizer
+
+
+def source_of(config: Config, tokenizer: Any) -> Source:
+    """What `train.scores` or `train.mixture` names; by default the scores that `tokensift score` makes."""
+    parts = config.train.mixture or [Part(scores=config.train.scores or [config.score.output], weight=1)]
+    cache, sources = Cache(config.train.cache, config.train.cache_bytes), []
+    for part in parts:
+        datasets = [open_scores(place, cache, config, tokenizer) for place in part.scores]
+        sources.append(datasets[0] if len(datasets) == 1 else References(datasets))
+    return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in parts])
+
+
+def open_scores(place: Place, cache: Cache, config: Config, tokenizer: Any) -> ScoreShards:
+    """A score dataset. Raises UserError if its tokens or their context are not those of the live model."""
+    found = ScoreShards(place, config.train.partial, cache)
+    changed = difference(found.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
+    changed += difference(found.dataset["context"], config.context.model_dump(), "context")
     if changed:
         raise UserError(
-            f"{config.score.output}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
+            f"{place}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
             "use the same tokenizer and context",
         )
-    return settings, base, source, tokenizer
+    return found
 
 
 def train_reference(config: Config) -> Path:

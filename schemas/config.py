@@ -5,11 +5,12 @@ Everything an experiment makes lies below its `root`; `{root}` in any text of th
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from schemas.errors import UserError, first_line
 from schemas.place import AnyPlace, Folder
@@ -87,9 +88,30 @@ class Score(Section):
     )
 
 
+Places = Annotated[list[AnyPlace], BeforeValidator(lambda given: given if isinstance(given, list) else [given])]
+
+
+class Part(Section):
+    """One part of a mixture."""
+
+    scores: Places = Field(min_length=1, description="as `train.scores`")
+    weight: float = Field(gt=0, description="share of the tokens, in any unit")
+
+
 class Train(Section):
     """One training run; the reference's run and the live model's run share these fields."""
 
+    scores: Places = Field(
+        default=[],
+        description="score datasets to train on; none: score.output. Several are references over one corpus: tokens of"
+        " the first, scores the mean of all",
+    )
+    mixture: list[Part] = Field(default=[], description="instead of `scores`: several corpora by weight in tokens")
+    skip: list[tuple[int, int]] = Field(
+        default=[],
+        description="windows left out: from and to (exclusive), places in the order, as `position` in metrics.jsonl."
+        " What lies ahead of a run may be changed",
+    )
     output: Folder = Field(
         description="folder of the runs; default: {root}/train, and {root}/reference for the reference"
     )
@@ -143,6 +165,15 @@ class Train(Section):
             raise ValueError("give either `epochs` or `tokens`")
         return self
 
+    @model_validator(mode="after")
+    def _one_data(self) -> "Train":
+        if self.scores and self.mixture:
+            raise ValueError("give either `scores` or `mixture`")
+        gaps = [(-1, 0), *self.skip]
+        if any(start >= end or start < before for (_, before), (start, end) in pairwise(gaps)):
+            raise ValueError("`skip` must be ranges [from, to] in ascending order, none empty or into another")
+        return self
+
     @property
     def folder(self) -> Path:
         """Where this run writes."""
@@ -154,6 +185,12 @@ class Reference(Section):
 
     corpus: Corpus
     train: Train
+
+    @model_validator(mode="after")
+    def _no_scores(self) -> "Reference":
+        if self.train.scores or self.train.mixture:
+            raise ValueError("a reference trains on its `corpus`: leave out train.scores and train.mixture")
+        return self
 
 
 class Evaluation(Section):

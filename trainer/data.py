@@ -22,10 +22,11 @@ from trainer.cache import Cache
 
 
 class Source(Protocol):
-    """Windows in numbered groups. `columns`: what is stored beside their tokens."""
+    """Windows in numbered groups, `tokens` in all. `columns`: what is stored beside their tokens."""
 
     fingerprint: str
     group_sizes: np.ndarray
+    tokens: int
     columns: frozenset[str]
 
     def read(self, group: int) -> list[Window]:
@@ -41,7 +42,7 @@ class ScoreShards:
 
         Raises UserError if it is empty, unfinished or damaged, mixes settings, or holds a shard under another name.
         """
-        layout, self.cache = Layout(root), cache or Cache()
+        self.root, self.cache, layout = root, cache or Cache(), Layout(root)
         self.dataset: dict[str, Any] = read_dataset(layout)
         receipts = read_receipts(layout)
         if not receipts:
@@ -52,6 +53,7 @@ class ScoreShards:
             self.groups = [group for found in readers.map(self._groups, shards, receipts.values()) for group in found]
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
+        self.tokens = sum(receipt.tokens for receipt in receipts.values())
         entropy = bool(self.dataset["scorer"].get("entropy"))
         self.columns = frozenset({"ref_loss", "ref_entropy"} if entropy else {"ref_loss"})
 
@@ -74,7 +76,8 @@ class ScoreShards:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         if metadata.unit != receipt.unit or sum(sizes) != receipt.windows:
             raise UserError(f"{path}: is not the shard that its receipt describes", SCORE_AGAIN)
-        return [Group(path=path, index=index, windows=size) for index, size in enumerate(sizes)]
+        rows = (receipt.input_hash, receipt.first_document, receipt.end_document)
+        return [Group(path=path, index=index, windows=size, rows=rows) for index, size in enumerate(sizes)]
 
     def read(self, group: int) -> list[Window]:
         """The windows of one row group, their token hashes checked. Raises UserError naming the shard."""
@@ -84,11 +87,12 @@ class ScoreShards:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One row group of one score shard."""
+    """One row group of one score shard. `rows`: the input of its unit, by hash, first and last document."""
 
     path: Place
     index: int
     windows: int
+    rows: tuple[str, int, int]
 
 
 def check_whole(layout: Layout, found: set[str], partial: bool) -> None:

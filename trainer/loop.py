@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from trainer.data import Source
 from trainer.export import export
 from trainer.live import Live, parallelize, recompute
 from trainer.metrics import Log, StepStats
+from trainer.mixture import Mixture
 from trainer.optimizer import adamw, learning_rate
 from trainer.parts import Parts, fill
 from trainer.ranks import Ranks
@@ -31,10 +32,12 @@ from trainer.saver import Saver
 from trainer.selection import Selection
 from trainer.stream import Geometry, Order, Step, prefetched, steps
 
-# What may differ on resume: it decides no number.
+# What may differ on resume: it decides no number. What `scores` and `mixture` hold is in the data's fingerprint.
 FREE_SETTINGS = {
     "output",
     "run",
+    "scores",
+    "mixture",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
@@ -100,6 +103,7 @@ def _train(run: Run, final: Path) -> Path:
         seed=run.config.seed,
         shuffle_groups=run.config.shuffle_groups,
         columns=run.selection.columns,
+        skip=run.config.skip,
     )
     folder = run.config.output / CHECKPOINTS
     saver = Saver(folder, live, run.tokenizer, optimizer, run.config, run.ranks, state.step)
@@ -127,7 +131,7 @@ def found(run: Run, origin: dict[str, Any], ranks: Ranks | None = None) -> tuple
         return None, State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin)
     state = checkpoint.load_state(saved, ranks)
     checkpoint.refuse_changes(saved, state, origin)
-    return saved, state
+    return saved, replace(state, origin=origin)
 
 
 def loop(
@@ -286,8 +290,12 @@ def advance(state: State, step: Step, selected: int) -> State:
 
 
 def figures(run: Run, state: State, step: Step, rate: float, seconds: float, waited: float) -> dict[str, Any]:
-    """What a row of metrics says besides the losses; `data_wait` is the share of the step spent waiting for data."""
-    return {
+    """What a row of metrics says besides the losses; `data_wait` is the share of the step spent waiting for data.
+
+    `drawn`: windows so far of each part of a mixture.
+    """
+    drawn = {"drawn": run.source.drawn(state.position)} if isinstance(run.source, Mixture) else {}
+    return drawn | {
         "tokens_seen": state.tokens_seen,
         "tokens_selected": state.tokens_selected,
         "position": state.position,

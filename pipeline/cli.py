@@ -182,7 +182,9 @@ def status(
 def train(
     config: ConfigOption = DEMO,
     set_: SetOption = None,
-    objective: Annotated[str | None, typer.Option(help="clm, slm or random; default: the config's.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="clm, slm, random, self-ref-loss, -entropy or -both; default: the config's.")
+    ] = None,
     run: Annotated[str | None, typer.Option(help="Name of the run's folder; default: the objective.")] = None,
 ) -> None:
     """Stage 2: train on stored scores. Resumes from the last checkpoint; under torchrun, on every GPU."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from schemas.errors import UserError, first_line
 
 Dtype = Literal["float32", "bfloat16"]
-Objective = Literal["clm", "slm", "random"]
+Objective = Literal["clm", "slm", "random", "self-ref-loss", "self-ref-entropy", "self-ref-both"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]  # it becomes a folder's
@@ -94,8 +94,16 @@ class Train(Section):
     )
     run: Name | None = Field(default=None, description="the run's own folder below `output`; null: the objective")
     objective: Objective = "clm"
-    keep: float = Field(default=0.6, gt=0, le=1, description="share of valid tokens that `slm` and `random` train on")
-    scope: Literal["micro", "sequence"] = "micro"
+    keep: float = Field(
+        default=0.6,
+        gt=0,
+        le=1,
+        description="share of valid tokens to train on; for `self-ref-both` the share that each of its two scores keeps,"
+        " of which what both keep is trained on; nothing to `clm`",
+    )
+    scope: Literal["micro", "sequence", "step"] = Field(
+        default="micro", description="what tokens are ranked over: a forward of all ranks, a window, an optimizer step"
+    )
     seed: Seed = 0
     epochs: float | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0, description="length of the run in row tokens (padding counted)")

@@ -8,6 +8,8 @@ from typing import Any
 from schemas.config import Context, Corpus, Score
 from schemas.environment import installed
 from schemas.errors import UserError
+from schemas.seal import digest
+from schemas.shard import WRITING
 from schemas.store import sha256_file
 
 SCHEMA_VERSION = 2
@@ -56,6 +58,7 @@ def dataset_fingerprint(tokenizer: Any, model: Path, corpus: Corpus, context: Co
             "unit_bytes": score.unit_bytes,
             "entropy": score.entropy,
             **({"compile": True} if score.compile else {}),
+            "writing": WRITING,
             **arithmetic(score.engine, score.python),
         },
     }
@@ -74,11 +77,6 @@ def arithmetic(engine: str, python: Path | None = None) -> dict[str, str]:
             "`make vllm` builds an environment for vllm: set score.python: .venv-vllm/bin/python",
         )
     return versions
-
-
-def digest(value: Any) -> str:
-    """Short stable name of any JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def difference(stored: Any, current: Any, field: str = "") -> list[str]:

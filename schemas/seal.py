@@ -1,11 +1,15 @@
 """Sealed JSON: one canonical form that holds a hash of itself, so that any changed bit is noticed when it is read."""
 
+import hashlib
 import json
 from typing import Any
 
-from schemas.fingerprint import digest
-
 DEPTH = 16  # levels of nesting; what we write has five
+
+
+def digest(value: Any) -> str:
+    """Short stable name of any JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def seal(content: dict[str, Any]) -> bytes:

@@ -15,7 +15,15 @@ from schemas.errors import UserError, first_line
 from schemas.seal import parse
 from schemas.window import token_hashes
 
-ROW_GROUP_WINDOWS = 1024
+# How columns become pages, beside their encodings; part of the fingerprint. docs/storage.md measures the alternatives.
+WRITING: dict[str, Any] = {
+    "row_group_size": 1024,
+    "compression": "zstd",
+    "compression_level": 9,
+    # As far back as that level looks: each page is compressed by itself, and tokens repeat what others said.
+    "data_page_size": 4 << 20,
+    "write_page_checksum": True,
+}
 METADATA_KEY = b"tokensift"
 SCORE_AGAIN = "delete its receipt and run `make score` again"
 # What damaged bytes can raise while they are decoded.
@@ -76,13 +84,10 @@ def encode_shard(windows: Sequence[Window], schema: pa.Schema, metadata: dict[st
     pq.write_table(
         pa.Table.from_arrays([values[name] for name in schema.names], schema=full),
         sink,
-        row_group_size=ROW_GROUP_WINDOWS,
-        compression="zstd",
         use_dictionary=["doc_id"],  # type: ignore[arg-type]
-        # Tokens do better without it: 1.26 against 1.31 bytes a token.
         column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
-        write_page_checksum=True,
         store_schema=True,
+        **WRITING,
     )
     return sink.getvalue()
 

@@ -127,7 +127,9 @@ def prepare(config: Config, layout: Layout) -> Job:
             )
     elif layout.committed():
         raise UserError(f"{layout.dataset}: missing while receipts exist", "restore it or give a new score.output")
-    return Job(model, config.corpus, config.context, config.score, fingerprint)
+    # Absolute, since workers start where `ray start` was typed.
+    score = config.score.model_copy(update={"output": config.score.output.absolute()})
+    return Job(model.absolute(), config.corpus, config.context, score, fingerprint)
 
 
 def _refuse_changed_corpus(layout: Layout, receipts: dict[str, Receipt], planned: Plan) -> None:

@@ -13,8 +13,7 @@ from pydantic import TypeAdapter
 from schemas.config import Corpus
 from schemas.disk import writing
 from schemas.errors import UserError
-from schemas.fingerprint import digest
-from schemas.seal import seal, unseal
+from schemas.seal import digest, seal, unseal
 from schemas.store import write_atomic
 from score_jobs.files import resolve
 from score_jobs.inputs import ShardError, version_of

@@ -50,6 +50,7 @@ SILENCE_SECONDS = 30.0  # without a word from the cluster; Ray itself aborts the
 Result = TypeVar("Result")
 START = "a worker's start"
 GO_ON = "what is scored stays: run `make score` again, it does the rest"
+LAST_WORDS = f"error: the job was killed, or Ray ended it; {GO_ON}"
 
 
 @dataclass(eq=False, slots=True)
@@ -413,7 +414,7 @@ def _start(score: Score) -> Cluster:
     if local:
         size = {"num_cpus": score.workers * score.cpus_per_worker, "include_dashboard": False}
         size |= {} if score.gpus_per_worker else {"num_gpus": 0}
-    start, keeper = time.monotonic(), Keeper(("gcs_server", "raylet")) if local else None
+    start, keeper = time.monotonic(), Keeper(("gcs_server", "raylet"), LAST_WORDS) if local else None
     try:
         if ":" in (place := (score.address or "").removeprefix("ray://")):  # Ray itself would try for minutes
             host, port = place.rsplit(":", 1)
@@ -425,6 +426,10 @@ def _start(score: Score) -> Cluster:
         if isinstance(error, Stranded):
             raise
         waited = time.monotonic() - start
+        if local:
+            raise UserError(
+                f"Ray did not start on this machine ({waited:.0f} s: {first_line(error)})", GO_ON
+            ) from error
         raise UserError(
             f"score.address: `{score.address}`: no Ray cluster after {waited:.0f} s ({first_line(error)})",
             "start one with `ray start --head`, or set score.address: null for a local one",

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from schemas.seal import seal
 
+# After which what did not happen hangs, on a machine however busy: nothing waits so long but a test that fails.
+PATIENCE_SECONDS = 600
+
 
 def edit_sealed(path: Path, **changes: object) -> None:
     """Change fields of a sealed JSON file and seal it anew: what a careful forger would do, not what damage does."""

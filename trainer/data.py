@@ -20,10 +20,11 @@ from schemas.window import token_hashes
 
 
 class Source(Protocol):
-    """Windows in numbered groups."""
+    """Windows in numbered groups. `columns`: what is stored beside their tokens."""
 
     fingerprint: str
     group_sizes: np.ndarray
+    columns: frozenset[str]
 
     def read(self, group: int) -> list[Window]:
         """The windows of one group, in stored order."""
@@ -49,6 +50,8 @@ class ScoreShards:
             self.groups += self._groups(layout.shard(unit), receipt)
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
+        entropy = bool(self.dataset["scorer"].get("entropy"))
+        self.columns = frozenset({"ref_loss", "ref_entropy"} if entropy else {"ref_loss"})
 
     def _groups(self, path: Path, receipt: Receipt) -> list["Group"]:
         if not path.exists() or path.stat().st_size != receipt.bytes:
@@ -107,6 +110,8 @@ def check_whole(layout: Layout, found: set[str], partial: bool) -> None:
 
 class MemoryWindows:
     """Windows held in memory, without scores: what plain training of a base or a reference reads."""
+
+    columns: frozenset[str] = frozenset()
 
     def __init__(self, windows: list[np.ndarray], group: int = 1024):
         """Take windows of token ids; `group` of them are shuffled as one."""

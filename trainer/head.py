@@ -37,7 +37,7 @@ class KeptLoss(torch.autograd.Function):
         Returns (sum of kept losses in nats, losses float32 [n] with NaN where unpredicted, mask).
         """
         fits = hidden.shape[0] * weight.shape[0] * hidden.element_size() <= KEPT_BYTES
-        stored = hidden.new_empty(hidden.shape[0], weight.shape[0]) if fits else None
+        stored = hidden.new_empty(hidden.shape[0], weight.shape[0]) if fits and ctx.needs_input_grad[0] else None
         losses = torch.full((hidden.shape[0],), torch.nan, device=hidden.device)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)

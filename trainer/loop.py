@@ -19,13 +19,14 @@ from schemas.lock import locked
 from schemas.models import open_model
 from trainer import checkpoint
 from trainer.checkpoint import State
+from trainer.choice import chooser, masks_ahead, require_columns
 from trainer.data import Source
 from trainer.live import Live, parallelize
 from trainer.metrics import Log, StepStats
 from trainer.optimizer import adamw, learning_rate
 from trainer.ranks import Ranks
 from trainer.selection import Selection
-from trainer.stream import Geometry, MicroBatch, Order, Step, prefetched, steps
+from trainer.stream import Geometry, Order, Step, prefetched, steps
 
 # What may differ on resume: it decides no number.
 FREE_SETTINGS = {"output", "run", "checkpoint_every", "keep_checkpoints", "evaluate_every", "micro_rows", "partial"}
@@ -67,6 +68,7 @@ def train(run: Run) -> Path:
 
 
 def _train(run: Run, final: Path) -> Path:
+    require_columns(run.config.objective, run.source)
     origin = run.ranks.share(origin_of(run) if run.ranks.first else {})
     saved = final if final.exists() else checkpoint.newest(run.config.output / CHECKPOINTS)
     state = State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin)
@@ -141,15 +143,19 @@ def optimize(
 ) -> dict[str, Any]:
     """One optimizer step. The loss is the mean over the selected tokens of the whole step (equation 4)."""
     config, ranks, selection = run.config, run.ranks, run.selection
-    divisor = max(1, sum(selection.count(micro.counts) for micro in step.micros))
+    seed = config.seed * 1_000_003 + number * 1_009 + ranks.rank  # of dropout, if it is asked for
+    torch.manual_seed(seed)
+    masks = masks_ahead(live, step, selection, ranks) if selection.ahead else None
+    selected = selection.count([micro.counts for micro in step.micros]) if masks is None else ranks.sum(masks.sum())
+    divisor = max(1, int(selected))
     stats = StepStats(ranks.device)
-    torch.manual_seed(config.seed * 1_000_003 + number * 1_009 + ranks.rank)  # dropout, if it is asked for
+    torch.manual_seed(seed)  # again: tokens are trained on under the dropout that they were chosen under
     for index, micro in enumerate(micro.to(ranks.device) for micro in step.micros):
         if ranks.world > 1:
             live.set_requires_gradient_sync(index == len(step.micros) - 1)  # type: ignore[operator]
-        judged = live(micro.batch, chooser(selection, micro, ranks))
+        judged = live(micro.batch, chooser(selection, micro, ranks, None if masks is None else masks[index]))
         (judged.loss_sum / divisor).backward()
-        scores = selection.scores(judged.losses, micro.columns)
+        scores = selection.ranked(judged.losses, micro.columns)
         stats.add(judged.losses, judged.mask, micro.batch.targets != IGNORE, scores)
     row = stats.means(ranks)
     norm: Any = torch.nn.utils.clip_grad_norm_(live.parameters(), config.clip)
@@ -164,11 +170,6 @@ def optimize(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return row | {"grad_norm": float(norm)}
-
-
-def chooser(selection: Selection, micro: MicroBatch, ranks: Ranks) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The selection as the live model asks it: from losses to the mask of this rank's tokens."""
-    return lambda losses: selection.mask(losses, micro.columns, micro.batch.owner, ranks.gather, ranks.rank)
 
 
 def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:

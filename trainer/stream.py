@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from schemas.batch import Batch, RowFiller, collate, renumbered
-from schemas.errors import UserError
 from trainer.data import Placed, Source, ordered
 
+CHANCE = "chance"  # the column that no data hold: draws of the random control
 PREFETCHED_STEPS = 2
 JOIN_SECONDS = 60
 
@@ -115,13 +115,8 @@ def _micro_batch(
 
 
 def column(name: str, placed: Placed, seed: int) -> np.ndarray:
-    """One window's values of a column: stored ones, or the control's draws. Raises UserError if there are none."""
-    if name == "chance":
-        return chance(seed, placed)
-    values = getattr(placed.window, name)
-    if values is None:
-        raise UserError(f"train.objective: needs the column `{name}`, which these scores do not have", "score it")
-    return values
+    """One window's values of a column: stored ones, or the control's draws."""
+    return chance(seed, placed) if name == CHANCE else getattr(placed.window, name)
 
 
 def chance(seed: int, placed: Placed) -> np.ndarray:

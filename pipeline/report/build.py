@@ -12,8 +12,8 @@ from pipeline.report.page import Section, Token, definitions, document, key, pag
 from pipeline.report.text import judge_documents
 from schemas.config import Config
 from schemas.errors import UserError
-from schemas.fingerprint import digest
 from schemas.receipt import Layout, read_dataset, read_receipts
+from schemas.seal import digest
 from schemas.store import write_atomic
 from trainer.metrics import read_metrics
 

@@ -22,6 +22,7 @@ from schemas.fingerprint import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
+from schemas.shard import WRITING
 
 LEAVES = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.0, 1.0, 0.5]) | st.text("ab", max_size=2)
 JSON = st.recursive(
@@ -148,6 +149,7 @@ def test_a_datasets_fingerprint_holds_every_setting_that_decides_the_bytes(tiny_
         "threads": 5,
         "unit_bytes": 11,
         "entropy": True,
+        "writing": WRITING,
         **versions,
     }
     assert found["schema_version"] == 2 and set(found) == {

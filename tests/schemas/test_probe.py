@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from schemas import attention
 from schemas.batch import collate
 from schemas.errors import UserError
 from schemas.loss import batch_losses
-from schemas.probe import probe_length, prove
+from schemas.probe import has_linear_head, probe_length, prove
 
 VOCABULARY, WIDTH = 50, 16
 
@@ -19,9 +20,11 @@ VOCABULARY, WIDTH = 50, 16
 class Toy(nn.Module):
     """A model whose every token sees exactly what `sees` says: ids and positions to a [rows, columns, columns] mask."""
 
-    def __init__(self, sees: Any, takes_positions: bool = True):
+    def __init__(self, sees: Any, takes_positions: bool = True, finish: Any = lambda logits: logits):
+        """`finish`: what becomes of the head's logits."""
         super().__init__()
         torch.manual_seed(0)
+        self.finish = finish
         self.embedding, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.sees, self.takes_positions = sees, takes_positions
         self.config = SimpleNamespace(to_dict=lambda: {})
@@ -45,7 +48,7 @@ class Toy(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool, position_ids: torch.Tensor | None = None) -> Any:
         hidden = self.body(input_ids, use_cache, position_ids).last_hidden_state
-        return SimpleNamespace(logits=self.head(hidden))
+        return SimpleNamespace(logits=self.finish(self.head(hidden)))
 
 
 def causal(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -142,3 +145,126 @@ def test_the_probe_is_as_long_as_a_window_where_the_config_names_a_length_that_w
 
 def test_a_short_window_is_probed_whole() -> None:
     assert probe_length(LlamaConfig(), 40) == 40
+
+
+def llama(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.3, attn_implementation="sdpa",
+    )  # fmt: skip
+    return LlamaForCausalLM(shape).to(dtype).eval()
+
+
+def ignore_bounds(query: Any, key: Any, value: Any, bounds: torch.Tensor, scale: Any, sliding_window: Any) -> Any:
+    whole = torch.tensor([0, int(bounds[-1])])
+    return attention._window_by_window(query, key, value, whole, 0.0, scale, sliding_window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_boundaries_are_tried_before_positions(dtype: torch.dtype) -> None:
+    model = llama(dtype)
+    assert prove(model, dtype, 32, "base").isolation == "varlen"
+    assert model.config._attn_implementation == attention.NAME and model.dtype == dtype
+
+
+def test_attention_that_does_not_keep_to_its_boundaries_is_taken_off_again_and_positions_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_opaque", ignore_bounds)
+    model = llama()
+    assert prove(model, torch.float32, 32, "base").isolation == "packed"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_refusal_says_how_far_off_each_way_was() -> None:
+    with pytest.raises(UserError, match=r"\(\S+ nats packed, \S+ nats alone\); choose another model or context.window"):
+        open_toy(other_rows)
+
+
+@pytest.mark.parametrize(("isolation", "noise"), [("packed", 0.01), ("alone", 0.0)], ids=["its own noise", "a leak"])
+def test_in_the_dtype_that_runs_a_leak_counts_and_the_noise_of_equal_runs_does_not(
+    isolation: str, noise: float
+) -> None:
+    exact = [True]
+
+    def sees(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return by_window(columns, positions) if exact[0] or noise else causal(columns, positions)
+
+    def finish(logits: torch.Tensor) -> torch.Tensor:  # what a body's dtype decides is seen at its logits
+        return logits if exact[0] else logits + noise * torch.randn(logits.shape).to(logits.dtype)
+
+    toy = Toy(sees, finish=finish).to(torch.bfloat16).eval()
+    body = toy.body
+
+    def watched(input_ids: torch.Tensor, use_cache: bool, position_ids: torch.Tensor | None = None) -> Any:
+        exact[0] = toy.embedding.weight.dtype == torch.float32
+        return body(input_ids, use_cache, position_ids)
+
+    toy.body = toy.base_model = watched
+    assert prove(toy, torch.bfloat16, 32, "base").isolation == isolation
+
+
+def test_weights_and_buffers_are_after_the_probe_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Toy(by_window).to(torch.bfloat16)
+    toy.register_buffer("scale", torch.rand(5).to(torch.bfloat16))
+    toy.register_buffer("count", torch.arange(3))
+    before = {name: tensor.clone() for name, tensor in toy.state_dict().items()}
+
+    def unchanged() -> bool:
+        now = toy.state_dict()
+        return all(now[name].dtype == old.dtype and torch.equal(now[name], old) for name, old in before.items())
+
+    assert prove(toy, torch.bfloat16, 32, "base").isolation == "packed" and unchanged()
+    widen = torch.Tensor.float
+
+    def no_room(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == toy.scale.shape:
+            raise torch.OutOfMemoryError
+        return widen(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "float", no_room)
+    assert prove(toy, torch.bfloat16, 32, "base").isolation == "packed" and unchanged()
+
+
+def test_a_model_that_reads_more_tokens_than_it_predicts_or_fewer_is_probed_with_what_it_knows_both_ways() -> None:
+    for name, layer in {"embedding": nn.Embedding(9, WIDTH), "head": nn.Linear(WIDTH, 9, bias=False)}.items():
+        toy = Toy(by_window)
+        setattr(toy, name, layer)
+        assert prove(toy, torch.float32, 32, "base").isolation == "packed"
+
+
+def test_a_model_that_cannot_be_run_is_refused_with_its_own_words() -> None:
+    def fail(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel for this")
+
+    with pytest.raises(UserError, match=r"base: toy \(Toy\) cannot be run: no kernel for this; choose another model"):
+        open_toy(fail)
+
+
+@pytest.mark.parametrize(
+    "finish",
+    [
+        lambda logits: 30 * torch.tanh(logits / 30),
+        lambda logits: logits * 0.5,
+        lambda logits: logits + 0.1,
+        lambda logits: logits[..., :-1],
+    ],
+    ids=["soft cap", "scale", "shift", "cut"],
+)
+def test_a_head_is_linear_only_if_nothing_becomes_of_its_logits(finish: Any) -> None:
+    assert has_linear_head(Toy(by_window))
+    assert not has_linear_head(Toy(by_window, finish=finish))
+
+
+def test_a_head_is_not_linear_that_is_not_there_has_a_bias_or_does_not_read_the_last_hidden_state() -> None:
+    biased, other, without, bare = (Toy(by_window) for _ in range(4))
+    biased.head = nn.Linear(WIDTH, VOCABULARY)
+    plain = other.body
+    other.base_model = lambda input_ids, use_cache: SimpleNamespace(
+        last_hidden_state=2 * plain(input_ids, use_cache).last_hidden_state
+    )
+    without.get_output_embeddings = lambda: None
+    bare.base_model = lambda input_ids, use_cache: SimpleNamespace()
+    assert not any(has_linear_head(toy) for toy in (biased, other, without, bare))
+    assert not other.head._forward_hooks and not bare.head._forward_hooks

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.fingerprint import digest
-from schemas.seal import DEPTH, parse, seal, unseal
+from schemas.seal import DEPTH, digest, parse, seal, unseal
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(

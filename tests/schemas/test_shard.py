@@ -113,6 +113,16 @@ def test_float_columns_are_byte_stream_split_and_every_column_is_zstd_and_has_no
         assert not any(table[name].combine_chunks().flatten().null_count for name in ("tokens", "ref_loss"))
 
 
+def test_tokens_that_repeat_what_a_row_group_held_before_cost_nothing_up_to_a_page_of_4_mib(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 49_152, size=500_000)  # of 15.6 bits each: cannot be compressed
+    losses = np.zeros(len(tokens), np.float16)
+    once, twice = (
+        len(encode_shard([Window("d", 0, tokens, losses, row=0)] * times, shard_schema(49_152, False), METADATA))
+        for times in (1, 2)
+    )
+    assert once > 1.9 * len(tokens) and twice < 1.05 * once
+
+
 def test_losses_are_nan_at_position_0_and_nowhere_else(scores: Config) -> None:
     windows = read_windows(pq.read_table(scores.score.output / "units"))
     assert windows

@@ -13,9 +13,9 @@ import pytest
 from schemas.config import Config
 from schemas.receipt import Layout
 from score_jobs.keeper import lives
+from tests.helpers import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_SECONDS = 120
 
 
 class Job:
@@ -47,7 +47,7 @@ class Job:
 
     def until(self, happened: Callable[[], object]) -> None:
         """Wait for something; fails if the job ends first."""
-        limit = time.monotonic() + DEADLINE_SECONDS
+        limit = time.monotonic() + PATIENCE_SECONDS
         while not happened():
             self.watch()
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -56,15 +56,15 @@ class Job:
 
     def end(self) -> tuple[int, str]:
         """Exit status and everything printed."""
-        output = self.process.communicate(timeout=DEADLINE_SECONDS)[0]
+        output = self.process.communicate(timeout=PATIENCE_SECONDS)[0]
         return self.process.returncode, output
 
     def end_apart(self) -> tuple[int, str, str]:
         """Exit status, standard output and standard error."""
-        output, words = self.process.communicate(timeout=DEADLINE_SECONDS)
+        output, words = self.process.communicate(timeout=PATIENCE_SECONDS)
         return self.process.returncode, output, words
 
-    def survivors(self, patience_seconds: float = 30.0) -> list[psutil.Process]:
+    def survivors(self, patience_seconds: float = 60.0) -> list[psutil.Process]:
         """Remembered descendants that still live after a while."""
         _, alive = psutil.wait_procs(self.family, timeout=patience_seconds)
         return [process for process in alive if lives(process)]

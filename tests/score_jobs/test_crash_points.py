@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import pytest
 
 from schemas.config import Config
 from schemas.receipt import Layout, read_receipts
 from score_jobs.plan import Plan, plan
 from score_jobs.worker import CANARIES, Job, Worker
+from tests.helpers import PATIENCE_SECONDS
 
 # Dies just before or just after the call with that number, of those that make bytes or names durable.
 SCRIPT = """
@@ -81,7 +81,6 @@ def prepare(config: Config) -> tuple[Job, Plan]:
     return Job(model, config.corpus, config.context, config.score, fingerprint), planned
 
 
-@pytest.mark.timeout(120)
 def test_law_1_a_crash_at_any_step_of_publication_leaves_a_unit_that_is_redone_to_the_same_bytes(
     make_config: Callable[..., Config], corpus_folder: Path, tmp_path: Path
 ) -> None:
@@ -106,7 +105,7 @@ def test_law_1_a_crash_at_any_step_of_publication_leaves_a_unit_that_is_redone_t
     )
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100,
+        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     crashes = json.loads(done.stdout.splitlines()[-1])

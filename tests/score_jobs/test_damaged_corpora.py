@@ -16,6 +16,7 @@ import zstandard
 
 from score_jobs.inputs import ShardError
 from score_jobs.survey import survey
+from tests.helpers import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE_BYTES = 300_000_000  # what a line of the bombs below unpacks to
@@ -102,7 +103,7 @@ print(outcomes, peak())
 def run(script: str, *arguments: object) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stdout[-200:], done.stderr[-2000:])
     return done.stdout.splitlines()

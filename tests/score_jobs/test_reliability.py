@@ -12,10 +12,8 @@ import psutil
 import pytest
 
 from schemas.config import Config
-from tests.helpers import edit_sealed
-from tests.score_jobs.conftest import DEADLINE_SECONDS, ROOT, Job, committed, everything, outputs, receipts
-
-pytestmark = pytest.mark.timeout(240)
+from tests.helpers import PATIENCE_SECONDS, edit_sealed
+from tests.score_jobs.conftest import ROOT, Job, committed, everything, outputs, receipts
 
 
 @pytest.mark.parametrize(("whom", "after"), [("group", 0), ("group", 3), ("driver", 2)])
@@ -39,8 +37,7 @@ def test_law_1_and_2_a_killed_job_resumes_to_the_bytes_of_an_uninterrupted_one(
     assert len(receipts(config)) == len([name for name in whole if name.startswith("units/")])
     now = committed(config.score.output)
     assert {unit: now[unit] for unit in before} == before
-    # Ray's own agents may outlive a killed driver by some seconds; nothing may stay for good.
-    assert not psutil.wait_procs(first.survivors(), timeout=60)[1]
+    assert not first.survivors()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -213,7 +210,7 @@ def test_law_4_a_unit_whose_worker_always_dies_is_given_up_and_the_rest_finishes
     command = [sys.executable, str(script), "score", "-c", str(path), "-s", "score.attempts=2"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=DEADLINE_SECONDS, check=False,
+        timeout=PATIENCE_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "missing: part-0" in done.stderr and "2 attempts" in done.stderr

@@ -17,7 +17,6 @@ from schemas.config import Config, Score
 from schemas.environment import installed
 from schemas.errors import UserError
 from schemas.fingerprint import arithmetic
-from tests.score_jobs import conftest
 from tests.score_jobs.conftest import ROOT, Job, outputs, receipts
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -92,10 +91,9 @@ def wide_model(tmp_path: Path, tiny_model: Path) -> Path:
 
 @pytest.fixture
 def score_with_vllm(
-    tmp_path: Path, wide_model: Path, make_config: Callable, write_config: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, wide_model: Path, make_config: Callable, write_config: Callable
 ) -> Iterator[Callable[..., tuple[Config, Job]]]:
     """`score_with_vllm(name, workers)`: a running job under this Python whose workers run under PYTHON."""
-    monkeypatch.setattr(conftest, "DEADLINE_SECONDS", 600)
     jobs = []
 
     def begin(name: str, workers: int) -> tuple[Config, Job]:

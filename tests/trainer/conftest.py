@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from schemas.models import open_tokenizer
+from tests.helpers import PATIENCE_SECONDS
 from trainer.data import ScoreShards
 from trainer.loop import Run, train
 from trainer.ranks import Ranks
@@ -37,7 +38,9 @@ def torchrun(write_config):
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "pipeline.cli", "train", "-c", str(path)]
         root = Path(__file__).resolve().parents[2]
-        result = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=240)
+        result = subprocess.run(
+            [sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         return read_rows(config.train.output / config.train.objective)
 

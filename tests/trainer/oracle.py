@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 @dataclass
 class Piece:
-    """A window: its tokens, its stored losses (NaN first), and the draws of the random control."""
+    """A window: its tokens, its stored losses and entropies (NaN first), and the draws of the random control."""
 
     tokens: torch.Tensor
     ref_loss: torch.Tensor
+    ref_entropy: torch.Tensor
     chance: torch.Tensor
 
 
@@ -28,7 +29,7 @@ def windows_in_order(root, seed, shuffle_groups, epochs):
     for path in sorted((root / "units").glob("*.parquet")):
         file = pq.ParquetFile(path)
         for number in range(file.num_row_groups):
-            rows = file.read_row_group(number, columns=["tokens", "ref_loss"]).to_pylist()
+            rows = file.read_row_group(number, columns=["tokens", "ref_loss", "ref_entropy"]).to_pylist()
             groups.append([(key + i, row) for i, row in enumerate(rows)])
             key += len(rows)
     order = []
@@ -39,8 +40,8 @@ def windows_in_order(root, seed, shuffle_groups, epochs):
             block = [item for group in permuted[start : start + shuffle_groups] for item in group]
             for key_, row in (block[i] for i in rng.permutation(len(block))):
                 draws = np.random.default_rng([seed, 0x5EED, epoch, key_]).random(len(row["tokens"]), dtype=np.float32)
-                ref_loss = torch.tensor(row["ref_loss"], dtype=torch.float32)
-                order.append(Piece(torch.tensor(row["tokens"]), ref_loss, torch.from_numpy(draws)))
+                stored = [torch.tensor(row[name], dtype=torch.float32) for name in ("ref_loss", "ref_entropy")]
+                order.append(Piece(torch.tensor(row["tokens"]), *stored, torch.from_numpy(draws)))
     return order, key
 
 
@@ -75,22 +76,28 @@ def best(scores, keep):
     return set(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: round(keep * len(scores))])
 
 
+SCORES = {
+    "slm": [lambda losses, piece: losses.detach() - piece.ref_loss[1:]],
+    "random": [lambda losses, piece: piece.chance[1:]],
+    "self-ref-loss": [lambda losses, piece: -piece.ref_loss[1:]],
+    "self-ref-entropy": [lambda losses, piece: -piece.ref_entropy[1:]],
+}
+SCORES["self-ref-both"] = SCORES["self-ref-loss"] + SCORES["self-ref-entropy"]
+
+
 def selected(config, live, pieces):
-    """For each piece of a micro-batch, which of its predicted tokens count; and the scores they were ranked by."""
-    if config.objective == "clm":
-        return [[True] * len(losses) for losses in live], None
-    if config.objective == "slm":
-        scores = [(losses.detach() - piece.ref_loss[1:]).tolist() for losses, piece in zip(live, pieces, strict=True)]
-    else:
-        scores = [piece.chance[1:].tolist() for piece in pieces]
-    if config.scope == "sequence":
-        chosen = [best(own, config.keep) for own in scores]
-        return [[i in own for i in range(len(s))] for own, s in zip(chosen, scores, strict=True)], scores
-    chosen, start, masks = best([score for own in scores for score in own], config.keep), 0, []
-    for own in scores:
-        masks.append([start + i in chosen for i in range(len(own))])
-        start += len(own)
-    return masks, scores
+    """For each piece of what is ranked together, which tokens count; and the scores, if they are one, that say so."""
+    masks, scores = [[True] * len(losses) for losses in live], None
+    for score in SCORES.get(config.objective, []):
+        scores = [score(losses, piece).tolist() for losses, piece in zip(live, pieces, strict=True)]
+        if config.scope == "sequence":
+            chosen = [best(own, config.keep) for own in scores]
+        else:
+            every = best([score for own in scores for score in own], config.keep)
+            starts = [sum(map(len, scores[:number])) for number in range(len(scores))]
+            chosen = [{i - start for i in every} for start in starts]
+        masks = [[kept and i in own for i, kept in enumerate(mask)] for mask, own in zip(masks, chosen, strict=True)]
+    return masks, scores if len(SCORES.get(config.objective, [])) == 1 else None
 
 
 def rate_at(config, done):

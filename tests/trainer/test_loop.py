@@ -8,21 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import trainer.loop
 from schemas.errors import UserError
 from schemas.models import open_model
+from tests.helpers import PATIENCE_SECONDS
 from tests.trainer.conftest import read_rows
-from trainer.data import ScoreShards
+from tests.trainer.spawned import on_ranks
+from trainer.data import MemoryWindows, ScoreShards
 from trainer.live import Live
-from trainer.loop import Run, geometry_of
+from trainer.loop import Run, geometry_of, train
 from trainer.ranks import Ranks
-from trainer.selection import Selection
+from trainer.selection import Selection, select_top
 from trainer.stream import Geometry, Order, steps
 
 # Not the threshold: it is the mean over micro-batches, so it says how the step was cut.
@@ -56,7 +61,7 @@ def excess_under(model, scores, dropout=False):
         micro = next(stream).micros[0]
         with torch.no_grad():
             losses = live(micro.batch, lambda losses: ~torch.isnan(losses)).losses
-        excess = selection.scores(losses, micro.columns)
+        excess = selection.ranked(losses, micro.columns)
         assert torch.equal(torch.isnan(excess), torch.isnan(micro.columns["ref_loss"]))
         yield float(excess.nan_to_num().abs().max())
 
@@ -89,10 +94,15 @@ def test_training_lowers_the_loss_on_what_it_trains_on(scores, tmp_path, train_h
     assert rows[-1]["loss_all"] < rows[0]["loss_all"] - 0.3
 
 
-@pytest.mark.parametrize("objective", ["clm", "slm", "random"])
-def test_gradients_do_not_depend_on_accumulation_in_sequence_scope(scores, tmp_path, train_here, objective):
+SPLIT = [("clm", "sequence"), ("slm", "sequence"), ("random", "sequence"), ("slm", "step"), ("self-ref-both", "step")]
+
+
+@pytest.mark.parametrize(("objective", "scope"), SPLIT)
+def test_gradients_do_not_depend_on_accumulation_in_sequence_and_step_scope(
+    scores, tmp_path, train_here, objective, scope
+):
     runs = [
-        train_here(scores, output=tmp_path / str(rows), objective=objective, scope="sequence", micro_rows=rows)
+        train_here(scores, output=tmp_path / str(rows), objective=objective, scope=scope, micro_rows=rows)
         for rows in (8, 4, 1)
     ]
     for final, rows in runs[1:]:
@@ -148,6 +158,79 @@ def test_a_run_stopped_on_one_rank_resumes_on_two(scores, tmp_path, train_here, 
     same_weights(tmp_path / "cut" / "slm" / "final", final, 1e-4)
 
 
+def test_a_run_of_two_ranks_that_was_cut_goes_on_alone_to_the_same_losses_in_step_scope(scores, tmp_path, train_here):
+    cases = {name: {"objective": name, "scope": "step", **CUT} for name in ("slm", "self-ref-both")}
+    settings = [scores.train.model_copy(update={**case, "output": tmp_path / name}) for name, case in cases.items()]
+    on_ranks(2, tmp_path, [(scores, own, Path(scores.base)) for own in settings])
+    for name, case in cases.items():
+        final, whole = train_here(scores, output=tmp_path / "whole" / name, **case)
+        cut_back(tmp_path / name)
+        again, resumed = train_here(scores, output=tmp_path / name, **case)
+        assert len(whole) > 3
+        same_rows(resumed, whole, 1e-4)
+        same_weights(again, final, 1e-4)
+
+
+CUT = {"checkpoint_every": 2, "epochs": 0.5}
+
+
+def cut_back(folder):
+    """Leave of a finished run what it had when its first checkpoint but one was the newest."""
+    shutil.rmtree(folder / "final")
+    saved = sorted((folder / "checkpoints").iterdir())
+    assert len(saved) == 2
+    shutil.rmtree(saved[1])
+
+
+def test_a_step_that_is_chosen_ahead_has_the_dropout_it_was_chosen_under(
+    make_config, score_here, tmp_path, tiny_model, train_here
+):
+    """The threshold of the losses trained on is that of the losses ranked: no token above it was left out."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    edit = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(edit | {"attention_dropout": 0.5}))
+    config = score_here(make_config(tmp_path, {"score.model": str(model), "base": str(model)}))
+    seen = []
+    real = trainer.loop.StepStats.add
+
+    def add(self, losses, mask, predicted, scores):
+        seen.append((mask, scores))
+        real(self, losses, mask, predicted, scores)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.loop.StepStats, "add", add)
+        train_here(config, output=tmp_path / "run", scope="step", dropout=True, epochs=0.1)
+    micros = 4
+    for start in range(0, len(seen), micros):
+        mask, scores = (torch.stack(parts) for parts in zip(*seen[start : start + micros], strict=True))
+        assert torch.equal(mask, select_top(scores.flatten(1), config.train.keep).view_as(mask))
+
+
+@pytest.mark.parametrize("objective", ["self-ref-entropy", "self-ref-both"])
+def test_a_column_that_the_scores_lack_is_refused_before_anything_is_made(
+    scores, tmp_path, train_here, monkeypatch, objective
+):
+    real = ScoreShards.__init__
+
+    def without_entropy(self, *arguments):
+        real(self, *arguments)
+        self.columns = frozenset({"ref_loss"})
+
+    monkeypatch.setattr(ScoreShards, "__init__", without_entropy)
+    with pytest.raises(UserError, match=rf"{objective} needs the column `ref_entropy`, .*score\.entropy: true"):
+        train_here(scores, output=tmp_path / "run", objective=objective)
+    assert not list((tmp_path / "run").glob("*.jsonl"))
+
+
+def test_text_without_scores_trains_every_token_or_is_refused(scores, tmp_path):
+    run = run_of(scores, 1, objective="slm", output=tmp_path)
+    bare = replace(run, source=MemoryWindows([np.arange(2, 60)]))
+    with pytest.raises(
+        UserError, match="slm needs the column `ref_loss`, which these data do not have; train on scores"
+    ):
+        train(bare)
+
+
 def test_a_killed_run_goes_on_to_the_same_losses(scores, tmp_path, train_here, write_config):
     fields = {"objective": "slm", "checkpoint_every": 1, "epochs": 4}
     _, whole = train_here(scores, output=tmp_path / "whole", **fields)
@@ -161,7 +244,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(scores, tmp_path, train_here, w
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "cut" / "slm" / "final").exists()
-    subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE_SECONDS)
     same_rows(read_rows(tmp_path / "cut" / "slm"), whole, 1e-6)
 
 

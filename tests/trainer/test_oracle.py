@@ -1,9 +1,11 @@
 """The trainer against `oracle.py`: every objective and scope, head, dtype, number of ranks and cut of a step.
 
-A covering set, not the full product: each pair of (head, objective), (scope, accumulation), (dtype, head) occurs.
+Every objective in every scope; of the rest a covering set: each pair of (head, objective), (scope, accumulation),
+(dtype, head) occurs.
 """
 
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from tests.trainer.oracle import losses_alone, oracle
 from tests.trainer.spawned import on_ranks, run_job
 from trainer.live import Live, choose_none
 from trainer.ranks import Ranks
+from trainer.selection import OBJECTIVES, SCOPES
 
 WINDOW = 64
 # Everything that a step could forget is set to something that shows: decay, betas, clipping, a short warm-up.
@@ -42,12 +45,29 @@ CASES = {
     "llama-untied clm": {"objective": "clm", "micro_rows": 1},
     "llama-untied bfloat16": {"objective": "slm", "scope": "sequence", "micro_rows": 2, "dtype": "bfloat16"},
     "gemma-tied bfloat16": {"objective": "clm", "micro_rows": 8, "dtype": "bfloat16"},
+    "llama-tied step": {"objective": "slm", "scope": "step", "micro_rows": 2},
+    "gemma-untied step random": {"objective": "random", "scope": "step", "micro_rows": 4},
+    "llama-tied ref-loss": {"objective": "self-ref-loss", "scope": "micro", "micro_rows": 4},
+    "gemma-tied ref-loss": {"objective": "self-ref-loss", "scope": "step", "micro_rows": 2},
+    "llama-untied ref-entropy": {"objective": "self-ref-entropy", "scope": "micro", "micro_rows": 2},
+    "llama-tied ref-entropy": {"objective": "self-ref-entropy", "scope": "sequence", "micro_rows": 4},
+    "llama-tied both": {"objective": "self-ref-both", "scope": "micro", "micro_rows": 2},
+    "gemma-untied both": {"objective": "self-ref-both", "scope": "sequence", "micro_rows": 4},
+    "llama-untied both": {"objective": "self-ref-both", "scope": "step", "micro_rows": 1},
 }
 TWO_RANKS = {
     "llama-tied": {"objective": "slm", "scope": "micro", "micro_rows": 1},
     "gemma-untied": {"objective": "slm", "scope": "sequence", "micro_rows": 4},
     "llama-untied random": {"objective": "random", "scope": "micro", "micro_rows": 2},
     "llama-tied bfloat16": {"objective": "clm", "micro_rows": 2, "dtype": "bfloat16"},
+    "llama-untied step": {"objective": "slm", "scope": "step", "micro_rows": 2},
+    "gemma-tied both": {"objective": "self-ref-both", "scope": "micro", "micro_rows": 2},
+    "llama-untied ref-loss": {"objective": "self-ref-loss", "scope": "sequence", "micro_rows": 2},
+}
+FOUR_RANKS = {
+    "gemma-tied step": {"objective": "slm", "scope": "step", "micro_rows": 1},
+    "llama-tied both": {"objective": "self-ref-both", "scope": "step", "micro_rows": 2},
+    "llama-untied entropy": {"objective": "self-ref-entropy", "scope": "step", "micro_rows": 2},
 }
 
 
@@ -92,24 +112,27 @@ def bases(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(scores, bases, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    jobs = [
-        (scores, settings_of(scores, folder / name, fields), bases[name.split()[0]])
-        for name, fields in TWO_RANKS.items()
-    ]
-    on_ranks(2, folder, jobs)
-    return folder
+def several_ranks(scores, bases, tmp_path_factory):
+    folders = {}
+    for world, cases in ((2, TWO_RANKS), (4, FOUR_RANKS)):
+        folders[world] = folder = tmp_path_factory.mktemp("ranks")
+        jobs = [
+            (scores, settings_of(scores, folder / name, fields), bases[name.split()[0]])
+            for name, fields in cases.items()
+        ]
+        on_ranks(world, folder, jobs)
+    return folders
 
 
-def compare(folder: Path, base: Path, config, fields, ranked_rows):
+def compare(folder: Path, base: Path, config, fields, world):
     settings = settings_of(config, folder, fields)
+    ranked_rows = settings.tokens_per_step // WINDOW if settings.scope == "step" else settings.micro_rows * world
     weights, rows = oracle(base, config.score.output, settings, WINDOW, ranked_rows)
     found = read_rows(folder)
     assert len(found) == len(rows) >= 4
     # float32: sums in another order (measured: 2e-7 of a figure, 2e-6 of the threshold, 1e-5 of the weights' way).
     # bfloat16 keeps 8 bits: packed and alone round at other places, and a few tokens near the threshold change sides
-    # (measured: 7e-3 of a figure, 0.02 nats of the threshold, 4e-2 of the weights' way).
+    # (measured: 7e-3 of a loss, 3e-2 of the norm, 0.02 nats of the threshold, 4e-2 of the weights' way).
     exact = settings.dtype == "float32"
     rtol = 1e-5 if exact else 2e-2
     seen = 0
@@ -121,7 +144,8 @@ def compare(folder: Path, base: Path, config, fields, ranked_rows):
             assert (row[name] is None) == (wanted[name] is None), name
             if row[name] is not None:
                 atol = 0.1 if name == "threshold" and not exact else rtol  # one token's score, not a mean
-                assert math.isclose(row[name], wanted[name], rel_tol=rtol, abs_tol=atol), (number, name)
+                wide = 3 if name == "grad_norm" and not exact else 1
+                assert math.isclose(row[name], wanted[name], rel_tol=wide * rtol, abs_tol=atol), (number, name)
     trained, before = load_file(folder / "final" / "model.safetensors"), load_file(base / "model.safetensors")
     moved = torch.cat([(weights[name] - before[name]).flatten() for name in trained])
     off = torch.cat([(trained[name] - weights[name]).flatten() for name in trained])
@@ -138,15 +162,21 @@ def test_the_trainer_makes_the_steps_that_the_paper_describes(scores, bases, tmp
     base = bases[name.split()[0]]
     settings = settings_of(scores, tmp_path, CASES[name])
     run_job(scores, settings, base, Ranks(0, 1, torch.device("cpu")))
-    rows, _ = compare(tmp_path, base, scores, CASES[name], settings.micro_rows)
+    rows, _ = compare(tmp_path, base, scores, CASES[name], 1)
     if settings.clip < 1:  # else the comparison would say nothing of clipping
         assert max(row["grad_norm"] for row in rows) > 2 * settings.clip
 
 
-@pytest.mark.parametrize("name", TWO_RANKS)
-def test_two_ranks_make_the_steps_that_the_paper_describes(scores, bases, two_ranks, name):
-    base = bases[name.split()[0]]
-    compare(two_ranks / name, base, scores, TWO_RANKS[name], 2 * TWO_RANKS[name]["micro_rows"])
+@pytest.mark.parametrize(("world", "name"), [(2, name) for name in TWO_RANKS] + [(4, name) for name in FOUR_RANKS])
+def test_several_ranks_make_the_steps_that_the_paper_describes(scores, bases, several_ranks, world, name):
+    fields = {2: TWO_RANKS, 4: FOUR_RANKS}[world][name]
+    compare(several_ranks[world] / name, bases[name.split()[0]], scores, fields, world)
+
+
+def test_every_objective_is_held_to_the_oracle_in_every_scope():
+    cases = [case for cases in (CASES, TWO_RANKS, FOUR_RANKS) for case in cases.values()]
+    ranked = {name for name, objective in OBJECTIVES.items() if objective.scores}
+    assert {(case["objective"], case.get("scope")) for case in cases} >= set(product(ranked, SCOPES))
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma-untied"])

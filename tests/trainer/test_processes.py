@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers import PATIENCE_SECONDS
 from tests.trainer.conftest import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ def gone_on(scores, folder, train_here, whole_steps):
 def test_a_signal_saves_says_how_to_go_on_and_leaves_its_status(scores, started, tmp_path, train_here, name, status):
     process = started(1)
     process.send_signal(getattr(signal, name))
-    assert process.wait(60) == status
+    assert process.wait(PATIENCE_SECONDS) == status
     output = (tmp_path / "output.txt").read_text()
     stopped = rows_of(tmp_path)
     assert checkpoints(tmp_path) == [f"step-{stopped:07d}"]
@@ -112,7 +113,7 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves_its_status(scores, started,
 def test_a_signal_to_torchrun_saves_on_every_rank(started, tmp_path, name):
     process = started(2)
     process.send_signal(getattr(signal, name))
-    assert process.wait(60) != 0
+    assert process.wait(PATIENCE_SECONDS) != 0
     output = (tmp_path / "output.txt").read_text()
     stopped = rows_of(tmp_path)
     assert checkpoints(tmp_path) == [f"step-{stopped:07d}"]
@@ -126,7 +127,7 @@ def test_ranks_end_with_a_killed_agent_and_write_nothing_more(started, tmp_path)
     assert len(ranks) == 2
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(ranks, timeout=20)[1]
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
     written = rows_of(tmp_path)
     time.sleep(1)
     assert rows_of(tmp_path) == written
@@ -136,21 +137,21 @@ def test_a_lost_rank_ends_the_others_without_a_traceback_of_ours(started, tmp_pa
     process = started(2)
     ranks = sorted(children_of(process), key=lambda rank: rank.environ()["RANK"])
     ranks[1].kill()
-    assert process.wait(60) != 0
-    assert not psutil.wait_procs(ranks, timeout=20)[1]
+    assert process.wait(PATIENCE_SECONDS) != 0
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
     assert "pipeline/cli.py" not in (tmp_path / "output.txt").read_text()  # torchrun names the rank and its end
 
 
 def join_in_script(rank, port, body):
     names = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    script = f"import os, trainer.ranks as r; r.JOIN_SECONDS = 60\n{body}"
+    script = f"import os, trainer.ranks as r; r.JOIN_SECONDS = {PATIENCE_SECONDS}\n{body}"
     return subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, **names}, stderr=subprocess.PIPE, text=True
     )
 
 
 def last_line(process):
-    return process.communicate(timeout=120)[1].splitlines()[-1]
+    return process.communicate(timeout=PATIENCE_SECONDS)[1].splitlines()[-1]
 
 
 def test_a_rank_that_loses_another_says_so():
@@ -159,7 +160,7 @@ def test_a_rank_that_loses_another_says_so():
         port = probe.getsockname()[1]
     waiting = join_in_script(0, port, "with r.joined() as ranks: ranks.wait(); ranks.wait()")
     dying = join_in_script(1, port, "with r.joined() as ranks: ranks.wait(); os._exit(9)")
-    assert dying.wait(120) == 9
+    assert dying.wait(PATIENCE_SECONDS) == 9
     message = last_line(waiting)
     assert "UserError: rank 0 of 2: lost another rank" in message
     assert "run the same command again to go on from the last checkpoint" in message

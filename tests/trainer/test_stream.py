@@ -131,13 +131,6 @@ def test_the_control_draws_by_seed_epoch_and_window_whatever_the_packing(source)
     assert abs(drawn.mean() - 0.5) < 0.02 and drawn.min() >= 0 and drawn.max() < 1
 
 
-def test_a_column_that_the_scores_lack_is_one_clear_error():
-    source = MemoryWindows([np.arange(5), np.arange(9)])
-    message = r"^train\.objective: needs the column `ref_loss`, which these scores do not have; score it$"
-    with pytest.raises(UserError, match=message):
-        next(steps(Order(source, 0, 1, ("ref_loss",)), Geometry(1, 16, 1), 0))
-
-
 def test_windows_that_cannot_share_a_row_stand_alone(source):
     step = take(source, Geometry(8, 64, 4, alone=True), count=1)[0]
     assert [len(micro.batch.places) for micro in step.micros] == [4, 4]

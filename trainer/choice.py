@@ -1,0 +1,51 @@
+"""How the selection meets the data and the live model: what it reads, and when it is asked."""
+
+import torch
+
+from schemas.errors import UserError
+from trainer.data import Source
+from trainer.head import Choose
+from trainer.live import Live, choose_none
+from trainer.ranks import Ranks
+from trainer.selection import OBJECTIVES, Selection
+from trainer.stream import CHANCE, MicroBatch, Step
+
+MAKE_COLUMN = {
+    "ref_loss": "train on scores",
+    "ref_entropy": "score the corpus with score.entropy: true, into another score.output",
+}
+
+
+def require_columns(objective: str, source: Source) -> None:
+    """Raise UserError naming a column that the objective reads and the data lack."""
+    for column in OBJECTIVES[objective].columns:
+        if column != CHANCE and column not in source.columns:
+            raise UserError(
+                f"train.objective: {objective} needs the column `{column}`, which these data do not have",
+                MAKE_COLUMN[column],
+            )
+
+
+def chooser(selection: Selection, micro: MicroBatch, ranks: Ranks, known: torch.Tensor | None) -> Choose:
+    """What the live model asks for the mask of this rank's tokens when it has their losses, if the mask is not `known`."""
+    if known is not None:
+        return lambda _losses: known
+    columns = {name: values[None] for name, values in micro.columns.items()}
+    return lambda losses: selection.masks(losses[None], columns, micro.batch.owner[None], ranks)[0]
+
+
+@torch.no_grad()
+def masks_ahead(live: Live, step: Step, selection: Selection, ranks: Ranks) -> torch.Tensor:
+    """Masks of this rank's part of a step, bool [micro-batches, rows, row_tokens], before any backward.
+
+    An objective that asks for the live loss costs one more forward; a static one none.
+    """
+    micros = [micro.to(ranks.device) for micro in step.micros]
+    shape = micros[0].batch.ids.shape
+    losses = [
+        live(micro.batch, choose_none).losses if selection.objective.live else torch.empty(shape, device=ranks.device)
+        for micro in micros
+    ]
+    columns = {name: torch.stack([micro.columns[name] for micro in micros]) for name in selection.columns}
+    owner = torch.stack([micro.batch.owner for micro in micros])
+    return selection.masks(torch.stack(losses), columns, owner, ranks)

@@ -34,6 +34,7 @@ from score_jobs.engines.packed import PackedEngine
 from score_jobs.engines.peak import matmul_peak
 from trainer.live import Live, choose_none
 from trainer.optimizer import adamw
+from trainer.ranks import Ranks
 from trainer.selection import Selection
 
 TINYLLAMA: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -231,6 +232,7 @@ def training(folder: Path, setting: Setting, windows: list[np.ndarray], table: T
         Live(opened),
         open_model(folder, "reference", setting.window, torch.bfloat16, device=setting.device),
     )
+    ranks = Ranks(rank=0, world=1, device=torch.device(setting.device))
     config: Any = SimpleNamespace(learning_rate=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
     optimizer = adamw(live.parameters(), config)
     row_tokens = setting.micro_rows * setting.window
@@ -244,8 +246,8 @@ def training(folder: Path, setting: Setting, windows: list[np.ndarray], table: T
 
     def step(selection: Selection, live_reference: bool) -> None:
         reference_loss = batch_losses(reference, batch).loss if live_reference else stored
-        columns = {"ref_loss": reference_loss}
-        judged = live(batch, lambda losses: selection.mask(losses, columns, batch.owner, lambda own: own[None], 0))
+        columns = {"ref_loss": reference_loss[None]}
+        judged = live(batch, lambda losses: selection.masks(losses[None], columns, batch.owner[None], ranks)[0])
         (judged.loss_sum / max(1, int(judged.mask.sum()))).backward()
         torch.nn.utils.clip_grad_norm_(live.parameters(), 1.0)
         optimizer.step()

@@ -70,7 +70,15 @@ def test_the_readmes_layout_names_every_folder() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/cluster.md", "docs/families.md", "docs/scale.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/cluster.md",
+        "docs/families.md",
+        "docs/scale.md",
+        "docs/storage.md",
+    ],
 )
 def test_every_file_that_a_page_names_exists_and_so_does_every_name_it_gives_to_code(page: str) -> None:
     text = (ROOT / page).read_text()

@@ -18,6 +18,8 @@ from schemas.models import positions, refuse_long_windows
 from score_jobs.engines import Scored
 
 SEQUENCES = 256  # of one step, at most; vLLM's own default depends on the card's memory, and the batches would with it
+# As in the packed engine: bfloat16 logits alone would be wrong by some hundredths of a nat.
+OVERRIDES = {"head_dtype": "float32"}
 GPU_MEMORY = 0.9  # of the worker's share of a card: weights and key-value cache
 
 
@@ -42,8 +44,7 @@ class VllmEngine:
             self.model: Any = LLM(
                 model=str(model),
                 dtype=dtype,
-                # As in the packed engine: bfloat16 logits alone would be wrong by some hundredths of a nat.
-                hf_overrides={"head_dtype": "float32"},
+                hf_overrides=OVERRIDES,
                 load_format="safetensors",
                 skip_tokenizer_init=True,
                 max_model_len=window + 1,  # room for the one token that vLLM must sample

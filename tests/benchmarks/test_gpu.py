@@ -26,7 +26,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(bare: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+def run(bare: Path, before: str = "pass") -> subprocess.CompletedProcess[str]:
     """`python -m benchmarks.gpu --tiny` without site-packages but those in `bare`; `before` is done to the module first."""
     code = f"import sys, benchmarks.gpu as gpu; {before}; sys.exit(gpu.main(['--tiny']))"
     environment = {"PYTHONPATH": f"{ROOT}:{bare}", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}

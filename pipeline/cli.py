@@ -13,7 +13,8 @@ import typer
 from pipeline.failure import explain
 from pipeline.progress import say
 from schemas.config import Config, load_config, parse_yaml
-from schemas.errors import Stranded, UserError
+from schemas.errors import Stranded, UserError, first_line
+from schemas.place import Place, to_place
 
 # Forked tokenizer threads would only warn; stage 1 parallelises over workers.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,6 +50,14 @@ def read_config(path: Path, settings: list[str] | None, **given: str | None) -> 
             raise UserError(f"--set {item}: the value {error}", "quote it as YAML would be") from error
     overrides |= {f"train.{field}": value for field, value in given.items() if value is not None}
     return load_config(find_config(path), overrides)
+
+
+def read_place(text: str) -> Place:
+    """The path or URL that a verb was given. Raises UserError for a URL of another kind."""
+    try:
+        return to_place(text)
+    except ValueError as error:
+        raise UserError(first_line(error), "give a path, or the URL of an object store") from error
 
 
 def find_config(path: Path) -> Path:
@@ -160,13 +169,13 @@ def score(
 
 @app.command()
 def status(
-    path: Annotated[Path | None, typer.Argument(help="A score dataset; default: the config's score.output.")] = None,
+    path: Annotated[str | None, typer.Argument(help="A score dataset; default: the config's score.output.")] = None,
     config: ConfigOption = DEMO,
     set_: SetOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How far scoring is: units, rate, time left, quarantine, disk. From the files alone, while a job runs or after."""
-    where = path or read_config(config, set_).score.output
+    where = read_place(path) if path else read_config(config, set_).score.output
     from pipeline.status import print_status
     from pipeline.status import status as look
     from schemas.receipt import Layout
@@ -209,7 +218,7 @@ def eval_(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A score dataset or one score shard.")],
+    path: Annotated[str, typer.Argument(help="A score dataset or one score shard: a path or a URL.")],
     documents: Annotated[int, typer.Option(min=0, help="Documents to show, coloured by reference loss.")] = 3,
     tokenizer: Annotated[
         str | None, typer.Option(help="Model folder or name whose tokenizer spells the tokens.")
@@ -223,15 +232,17 @@ def inspect(
         from schemas.models import local_model, open_tokenizer
 
         speller = open_tokenizer(local_model(tokenizer, "--tokenizer"), "--tokenizer")
-    show(path, speller, documents)
+    show(read_place(path), speller, documents)
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="A score dataset or one score shard.")]) -> None:
+def verify(
+    path: Annotated[str, typer.Argument(help="A score dataset or one score shard: a path or a URL.")],
+) -> None:
     """Hash everything again and say what is broken and how to mend it."""
     from pipeline.verify import verify as check
 
-    problems = check(path)
+    problems = check(read_place(path))
     for problem in problems:
         say(problem, style="red")
     if not problems:

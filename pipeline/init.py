@@ -11,7 +11,7 @@ from pipeline.progress import say
 from schemas.config import Context, Corpus, load_config
 from schemas.errors import UserError
 from schemas.models import local_model, open_tokenizer, positions
-from schemas.store import Store
+from schemas.store import FolderStore
 from schemas.window import encode_documents
 from score_jobs.corpus import Document, corpus_documents
 
@@ -44,7 +44,7 @@ def write_config(
         if paths:
             say(f"{field}: {_first_documents(field, paths, text, tokenizer, context)}")
     content = _render(name, base, corpus, curated, reference, text, context)
-    Store(path.parent).put(path.name, content.encode())
+    FolderStore(path.parent).put(path.name, content.encode())
     load_config(path)
     say(f"wrote {path}; next:")
     steps = ["reference"] * bool(curated) + ["score", "train", "train --objective clm"]

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from rich.tree import Tree
 
 from pipeline.progress import console as default_console
 from schemas.errors import printable
+from schemas.place import Place
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Layout, read_dataset, read_receipts
 from schemas.shard import Window, open_shard, read_group, shard_metadata
 
@@ -40,7 +40,7 @@ class Summary:
     histogram: list[int]
 
 
-def inspect(path: Path, tokenizer: Any = None, documents: int = 3, console: Console | None = None) -> None:
+def inspect(path: Place, tokenizer: Any = None, documents: int = 3, console: Console | None = None) -> None:
     """Print what a score dataset folder or a lone score shard holds, then `documents` coloured documents,
     each as far as its first 1,024 tokens.
 
@@ -84,7 +84,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _of_dataset(layout: Layout) -> tuple[Summary, list[Path]]:
+def _of_dataset(layout: Layout) -> tuple[Summary, list[Place]]:
     receipts = read_receipts(layout)
 
     def total(name: str) -> Any:
@@ -97,7 +97,7 @@ def _of_dataset(layout: Layout) -> tuple[Summary, list[Path]]:
     return summary, [layout.shard(unit) for unit in receipts]
 
 
-def _of_shard(path: Path) -> Summary:
+def _of_shard(path: Place) -> Summary:
     documents = windows = tokens = count = 0
     loss_sum, histogram = 0.0, np.zeros(len(HISTOGRAM_EDGES_NATS), dtype=np.int64)
     for window in _windows(path):
@@ -122,13 +122,13 @@ def _of_shard(path: Path) -> Summary:
     )
 
 
-def _windows(path: Path) -> Iterator[Window]:
+def _windows(path: Place) -> Iterator[Window]:
     file = open_shard(path)
     for group in range(file.num_row_groups):
         yield from read_group(path, file, group)
 
 
-def _documents(shards: list[Path]) -> Iterator[tuple[str, list[Window]]]:
+def _documents(shards: list[Place]) -> Iterator[tuple[str, list[Window]]]:
     for shard in shards:
         document: list[Window] = []
         for window in _windows(shard):

@@ -5,32 +5,52 @@ from typing import Any
 
 from pipeline.evaluate import TargetLoss
 from pipeline.progress import bar, say
-from schemas.config import Config, Context, Corpus, Train
+from schemas.config import Config, Context, Corpus, Part, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
+from schemas.place import Place
 from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, corpus_documents
+from trainer.cache import Cache
 from trainer.data import MemoryWindows, ScoreShards, Source
 from trainer.loop import Run, Stopped, train
+from trainer.mixture import Mixture
 from trainer.ranks import die_with_parent, joined
+from trainer.references import References
 
 
 def train_live(config: Config) -> Path:
     """Stage 2: train from the base on stored scores; one folder a run. Returns the final model's folder."""
     die_with_parent()
     settings = config.train.model_copy(update={"output": config.train.folder})
-    source = ScoreShards(config.score.output, config.train.partial)
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
-    changed = difference(source.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
-    changed += difference(source.dataset["context"], config.context.model_dump(), "context")
+    source = source_of(config, tokenizer)
+    return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
+
+
+def source_of(config: Config, tokenizer: Any) -> Source:
+    """What `train.scores` or `train.mixture` names; by default the scores that `tokensift score` makes."""
+    parts = config.train.mixture or [Part(scores=config.train.scores or [config.score.output], weight=1)]
+    cache, sources = Cache(config.train.cache, config.train.cache_bytes), []
+    for part in parts:
+        datasets = [open_scores(place, cache, config, tokenizer) for place in part.scores]
+        sources.append(datasets[0] if len(datasets) == 1 else References(datasets))
+    return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in parts])
+
+
+def open_scores(place: Place, cache: Cache, config: Config, tokenizer: Any) -> ScoreShards:
+    """A score dataset. Raises UserError if its tokens or their context are not those of the live model."""
+    found = ScoreShards(place, config.train.partial, cache)
+    changed = difference(found.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
+    changed += difference(found.dataset["context"], config.context.model_dump(), "context")
     if changed:
         raise UserError(
-            f"{config.score.output}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
+            f"{place}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
             "use the same tokenizer and context",
         )
-    return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
+    return found
 
 
 def train_reference(config: Config) -> Path:

@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.progress import bar
 from schemas.errors import UserError, first_line, printable
 from schemas.fingerprint import difference, digest
+from schemas.place import Place
 from schemas.receipt import (
     HISTOGRAM_EDGES_NATS,
     Layout,
@@ -20,17 +22,21 @@ from schemas.receipt import (
     read_receipt,
 )
 from schemas.shard import Window, open_shard, read_group, shard_metadata
-from schemas.store import TEMPORARY_PREFIX, sha256_file
+from schemas.store import TEMPORARY_PREFIX
 
 OTHER_SETTINGS = "fingerprint differs from dataset.json"
 
 
-def verify(root: Path, progress: bool = True) -> list[str]:
+def verify(root: Place, progress: bool = True) -> list[str]:
     """Every problem of a score dataset or of one lone score shard, one line each with the file and the fix.
 
     A lone shard is held to its own checksums and token hashes alone. Raises UserError if `root` is neither.
     """
-    found = _dataset_problems(Layout(root), progress) if not root.is_file() else list(_shard_problems(root))
+    found = (
+        _dataset_problems(Layout(root), progress)
+        if not root.is_file()
+        else list(_shard_problems(root, root.read_bytes()))
+    )
     return [" ".join(printable(problem).split("\n")) for problem in found]
 
 
@@ -97,10 +103,10 @@ def _unit_problems(layout: Layout, unit: str, fingerprint: dict[str, Any] | None
             yield f"{shard}: missing, but it has a receipt; {fix}"
         elif (size := shard.stat().st_size) != receipt.bytes:
             yield f"{shard}: {size} bytes, its receipt says {receipt.bytes}; {fix}"
-        elif sha256_file(shard) != receipt.sha256:
+        elif sha256(content := shard.read_bytes()).hexdigest() != receipt.sha256:
             yield f"{shard}: sha256 differs from its receipt's, so its bytes have changed; {fix}"
         else:
-            yield from _shard_problems(shard, receipt, fingerprint, fix)
+            yield from _shard_problems(shard, content, receipt, fingerprint, fix)
     except UserError as error:
         yield str(error)
     except OSError as error:
@@ -108,10 +114,14 @@ def _unit_problems(layout: Layout, unit: str, fingerprint: dict[str, Any] | None
 
 
 def _shard_problems(
-    path: Path, receipt: Receipt | None = None, fingerprint: dict[str, Any] | None = None, fix: str = "score it again"
+    path: Place,
+    content: bytes,
+    receipt: Receipt | None = None,
+    fingerprint: dict[str, Any] | None = None,
+    fix: str = "score it again",
 ) -> Iterator[str]:
     try:
-        file = open_shard(path)
+        file = open_shard(pa.BufferReader(content))
         metadata = shard_metadata(path, file)
         windows = [window for group in range(file.num_row_groups) for window in read_group(path, file, group)]
     except UserError as error:
@@ -153,13 +163,13 @@ def _count_differences(windows: list[Window], receipt: Receipt) -> list[str]:
     return difference({name: getattr(receipt, name) for name in found}, found)
 
 
-def _quarantine_problems(path: Path, receipt: Receipt, fix: str) -> Iterator[str]:
+def _quarantine_problems(path: Place, receipt: Receipt, fix: str) -> Iterator[str]:
     if receipt.quarantine_sha256 is None:
         if path.exists():
             yield f"{path}: exists, but the unit's receipt knows no quarantined document; delete it"
     elif not path.is_file():
         yield f"{path}: missing, {receipt.quarantined} quarantined documents are unnamed; {fix}"
-    elif sha256_file(path) != receipt.quarantine_sha256:
+    elif sha256(path.read_bytes()).hexdigest() != receipt.quarantine_sha256:
         yield f"{path}: sha256 differs from the unit's receipt; {fix}"
 
 

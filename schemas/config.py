@@ -5,13 +5,15 @@ Everything an experiment makes lies below its `root`; `{root}` in any text of th
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from schemas.errors import UserError, first_line
+from schemas.place import AnyPlace, Folder
 
 Dtype = Literal["float32", "bfloat16"]
 Objective = Literal["clm", "slm", "random", "self-ref-loss", "self-ref-entropy", "self-ref-both"]
@@ -37,7 +39,7 @@ class Context(Section):
 
 
 class Corpus(Section):
-    """Where documents come from: files (local paths, globs, fsspec URLs) or a Hugging Face dataset by name."""
+    """Where documents come from: files (local paths, globs, URLs of object stores and of fsspec) or a Hugging Face dataset by name."""
 
     paths: list[str] = Field(
         default=[], description=".parquet, .jsonl.zst, .jsonl.gz or .jsonl; globs and URLs allowed"
@@ -59,7 +61,7 @@ class Score(Section):
     """Stage 1: how reference losses are computed."""
 
     model: str = Field(description="the reference model: Hugging Face name or local folder")
-    output: Path
+    output: AnyPlace = Field(description="folder, or URL of an object store, of the scores; default: {root}/scores")
     engine: Literal["hf", "vllm"] = Field(default="hf", description="hf: packed Hugging Face forward; vllm: its own")
     python: Path | None = Field(default=None, description="the Python that workers run in; null: the driver's own")
     dtype: Dtype = "bfloat16"
@@ -86,10 +88,31 @@ class Score(Section):
     )
 
 
+Places = Annotated[list[AnyPlace], BeforeValidator(lambda given: given if isinstance(given, list) else [given])]
+
+
+class Part(Section):
+    """One part of a mixture."""
+
+    scores: Places = Field(min_length=1, description="as `train.scores`")
+    weight: float = Field(gt=0, description="share of the tokens, in any unit")
+
+
 class Train(Section):
     """One training run; the reference's run and the live model's run share these fields."""
 
-    output: Path = Field(
+    scores: Places = Field(
+        default=[],
+        description="score datasets to train on; none: score.output. Several are references over one corpus: tokens of"
+        " the first, scores the mean of all",
+    )
+    mixture: list[Part] = Field(default=[], description="instead of `scores`: several corpora by weight in tokens")
+    skip: list[tuple[int, int]] = Field(
+        default=[],
+        description="windows left out: from and to (exclusive), places in the order, as `position` in metrics.jsonl."
+        " What lies ahead of a run may be changed",
+    )
+    output: Folder = Field(
         description="folder of the runs; default: {root}/train, and {root}/reference for the reference"
     )
     run: Name | None = Field(default=None, description="the run's own folder below `output`; null: the objective")
@@ -125,6 +148,10 @@ class Train(Section):
     dropout: bool = Field(default=False, description="train with the dropout that the model's own config names")
     checkpoint_every: int = Field(default=500, ge=1, description="steps")
     partial: bool = Field(default=False, description="train on a score dataset that is not finished")
+    cache: Folder | None = Field(
+        default=None, description="folder, on a local disk, for scores read from an object store; null: a temporary one"
+    )
+    cache_bytes: int = Field(default=20_000_000_000, ge=0, description="most that `cache` holds on a node")
     keep_checkpoints: int = Field(default=2, ge=1)
     evaluate_every: int = Field(default=0, ge=0, description="steps; 0: only at the start and the end")
 
@@ -132,6 +159,15 @@ class Train(Section):
     def _one_length(self) -> "Train":
         if (self.epochs is None) == (self.tokens is None):
             raise ValueError("give either `epochs` or `tokens`")
+        return self
+
+    @model_validator(mode="after")
+    def _one_data(self) -> "Train":
+        if self.scores and self.mixture:
+            raise ValueError("give either `scores` or `mixture`")
+        gaps = [(-1, 0), *self.skip]
+        if any(start >= end or start < before for (_, before), (start, end) in pairwise(gaps)):
+            raise ValueError("`skip` must be ranges [from, to] in ascending order, none empty or into another")
         return self
 
     @property
@@ -145,6 +181,12 @@ class Reference(Section):
 
     corpus: Corpus
     train: Train
+
+    @model_validator(mode="after")
+    def _no_scores(self) -> "Reference":
+        if self.train.scores or self.train.mixture:
+            raise ValueError("a reference trains on its `corpus`: leave out train.scores and train.mixture")
+        return self
 
 
 class Evaluation(Section):
@@ -160,7 +202,7 @@ class Config(Section):
     """Everything one experiment needs."""
 
     name: str
-    root: Path = Field(description="folder of all that the experiment makes; default: runs/<name>")
+    root: Folder = Field(description="folder of all that the experiment makes; default: runs/<name>")
     base: str = Field(description="the model both the reference and the live model start from")
     context: Context = Context()
     corpus: Corpus

@@ -3,9 +3,9 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from schemas.errors import UserError
+from schemas.place import Place
 
 FREE_SPACE = "free some space and run again; what is finished stays"
 MAKE_WRITABLE = "make it writable for this user, or give another output; what is finished stays"
@@ -20,7 +20,7 @@ FIXES = {
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Place) -> Iterator[None]:
     """Raise UserError for what the disk under `path` will refuse again; other errors pass, for they may be transient."""
     try:
         yield

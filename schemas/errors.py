@@ -16,6 +16,10 @@ class Stranded(UserError):
     """A UserError that leaves threads of a foreign library blocked for good: the process must be ended, not unwound."""
 
 
+class Unreachable(UserError):
+    """A UserError that may pass: a store or the way to it fails. Another process on another node may get through."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

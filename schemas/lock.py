@@ -1,4 +1,4 @@
-"""One writer a folder: a lock that the operating system lets go of when its holder dies."""
+"""One writer a folder: a lock that the operating system lets go of when its holder dies; in a bucket, a lease."""
 
 import fcntl
 import os
@@ -8,13 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from schemas.errors import UserError
+from schemas.lease import is_leased, leased
+from schemas.place import Place
 
 GLANCE_SECONDS = 0.05
 
 
 @contextmanager
-def locked(folder: Path, writer: str) -> Iterator[None]:
+def locked(folder: Place, writer: str) -> Iterator[None]:
     """Hold `folder` (made if need be) while the block runs. Raises UserError if it cannot be held."""
+    if not isinstance(folder, Path):
+        with leased(folder, writer):
+            yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
@@ -29,8 +35,10 @@ def locked(folder: Path, writer: str) -> Iterator[None]:
         os.close(handle)
 
 
-def is_locked(folder: Path) -> bool | None:
+def is_locked(folder: Place) -> bool | None:
     """Whether someone holds `folder` now; None if that cannot be known. It disturbs no writer but for microseconds."""
+    if not isinstance(folder, Path):
+        return is_leased(folder)
     try:
         handle = os.open(folder / ".lock", os.O_RDONLY)
     except FileNotFoundError:

@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import UserError, first_line
+from schemas.object_store import Url
+from schemas.place import Place
 from schemas.seal import parse
 from schemas.window import token_hashes
 
@@ -111,10 +112,13 @@ def read_windows(table: pa.Table) -> list[Window]:
     ]
 
 
-def open_shard(path: Path | pa.BufferReader) -> pq.ParquetFile:
+def open_shard(path: Place | io.RawIOBase | pa.BufferReader) -> pq.ParquetFile:
     """Open a score shard with page checksums verified. Raises UserError if it is not one."""
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        source: Any = path.open() if isinstance(path, Url) else path
+        # Read from far, a row group comes by one request, not by several a column.
+        far = isinstance(source, io.RawIOBase)
+        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=far)
         schema = file.schema_arrow
     except DECODING as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})", SCORE_AGAIN) from error
@@ -133,7 +137,7 @@ class ShardMetadata:
     unit: str
 
 
-def shard_metadata(path: Path, file: pq.ParquetFile) -> ShardMetadata:
+def shard_metadata(path: Place, file: pq.ParquetFile) -> ShardMetadata:
     """A shard's own metadata. Raises UserError if they are damaged."""
     try:
         raw = parse(file.schema_arrow.metadata[METADATA_KEY])
@@ -145,7 +149,7 @@ def shard_metadata(path: Path, file: pq.ParquetFile) -> ShardMetadata:
     return ShardMetadata(fingerprint=fingerprint, unit=unit)
 
 
-def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Window]:
+def read_group(path: Place, file: pq.ParquetFile, group: int) -> list[Window]:
     """One row group, its tokens held against `token_hash`. Raises UserError naming the shard (law 12)."""
     try:
         table = file.read_row_group(group)

@@ -1,7 +1,7 @@
-"""Where files go: a folder in which a name appears whole or not at all, and stays after a power cut.
+"""Where files go: a place in which a name appears whole or not at all, and stays after a power cut.
 
-`Store` is the few calls that everything on disk is made of, so that another kind of store can stand in for a POSIX
-folder. A put writes beside the name, makes the bytes durable, reads them back, and only then gives the name.
+`Store` is the few calls that a score dataset is made of. `FolderStore` is a POSIX folder: a put writes beside the name,
+makes the bytes durable, reads them back, and only then gives the name. A bucket is `schemas.object_store.ObjectStore`.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 TEMPORARY_PREFIX = ".tmp-"  # pyarrow's dataset discovery ignores names that begin with a dot
 
@@ -19,8 +20,48 @@ class NotWritten(OSError):
     """What the disk gives back is not what was written; the message names the file."""
 
 
+class Store(Protocol):
+    """Files or objects by their names below one root."""
+
+    def path(self, name: str) -> Any:
+        """Where a name lies."""
+        ...
+
+    def make(self, folder: str) -> None:
+        """Create a folder, where there are any."""
+        ...
+
+    def put(self, name: str, content: bytes) -> None:
+        """Give `content` the name, replacing what had it. Raises NotWritten if it reads back differently."""
+        ...
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        """`put`, unless the name is taken; whether it was given."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a name."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether the name is taken."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Free the name, if it is taken."""
+        ...
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """Names in a folder that end in `suffix`, without folder and suffix, sorted; unfinished files are no names."""
+        ...
+
+    def sweep(self, folder: str) -> None:
+        """Delete what killed writers left in a folder."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class Store:
+class FolderStore:
     """Files below one folder; names are relative to it."""
 
     root: Path
@@ -28,6 +69,10 @@ class Store:
     def path(self, name: str) -> Path:
         """Where a name lies."""
         return self.root / name
+
+    def make(self, folder: str) -> None:
+        """Create a folder."""
+        self.path(folder).mkdir(parents=True, exist_ok=True)
 
     def put(self, name: str, content: bytes) -> None:
         """Give `content` the name, replacing what had it. Raises NotWritten if it reads back differently."""
@@ -75,7 +120,7 @@ class Store:
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a whole small file so that a reader sees the old bytes or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Store(path.parent).put(path.name, content)
+    FolderStore(path.parent).put(path.name, content)
 
 
 def fsync_folder(folder: Path) -> None:

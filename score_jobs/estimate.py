@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 import torch
 
@@ -19,7 +18,7 @@ from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, read_documents
 from score_jobs.engines import Scored, open_engine
 from score_jobs.files import resolve
-from score_jobs.inputs import ShardError
+from score_jobs.inputs import ShardError, size_of
 from score_jobs.job import prepare
 from score_jobs.plan import VERSION_THREADS, cut_units
 from score_jobs.survey import Surveyed, survey
@@ -102,7 +101,7 @@ def estimate(config: Config, rate: bool = True) -> Estimate:
     refuse_long_windows(positions(job.model, "score.model"), config.context.window, job.model)
     urls = resolve(config.corpus)
     with ThreadPoolExecutor(VERSION_THREADS) as pool:
-        sizes = dict(zip(urls, pool.map(_size, urls), strict=True))
+        sizes = dict(zip(urls, pool.map(size_of, urls), strict=True))
     tokenizer = open_tokenizer(job.model, "score.model")
     looks = [_sample(job, tokenizer, url) for url in _spread(urls, SHARDS)]
     samples, broken = (
@@ -188,11 +187,6 @@ def stored_bytes(job: Job, samples: Sequence[Sample], speed: Speed, tokens: floa
             full += len(encode_shard(piece, schema, metadata)) - empty
             held, piece = held + sum(len(window.tokens) for window in piece), []
     return full / held * tokens + empty * units
-
-
-def _size(url: str) -> int:
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return int(filesystem.info(path)["size"])
 
 
 def _spread(items: Sequence[T], most: int) -> list[T]:

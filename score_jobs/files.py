@@ -1,7 +1,7 @@
 """The files that a corpus is.
 
 Formats: Parquet and JSON lines, plain, gzip or zstd (OpenWebMath's published forms). Places: local paths, globs,
-any fsspec URL, and Hugging Face datasets by name.
+object stores, any other fsspec URL, and Hugging Face datasets by name.
 """
 
 from typing import Any
@@ -10,6 +10,8 @@ import fsspec
 
 from schemas.config import Corpus
 from schemas.errors import UserError, first_line
+from schemas.object_store import Url
+from schemas.place import is_bucket
 
 FORMATS = (".parquet", ".jsonl.zst", ".jsonl.gz", ".jsonl")
 
@@ -27,6 +29,11 @@ def resolve(corpus: Corpus) -> list[str]:
 
 def _files(pattern: str) -> list[str]:
     """URLs of the files that a path, a glob or a URL names."""
+    if is_bucket(pattern):
+        try:
+            return _objects(pattern)
+        except UserError as error:
+            raise UserError(f"corpus.paths: {error.problem}", error.fix) from error
     try:
         filesystem, path = fsspec.core.url_to_fs(pattern)
         if any(mark in path for mark in "*?[") and not filesystem.exists(path):
@@ -46,6 +53,19 @@ def _files(pattern: str) -> list[str]:
     if not urls:
         raise UserError(f"corpus.paths: `{pattern}` names no file", "mend it; it is relative to the working folder")
     return urls
+
+
+def _objects(pattern: str) -> list[str]:
+    """URLs of the objects that a URL or a glob of an object store names."""
+    url = Url.parse(pattern)
+    if url.exists():
+        return [str(url)]
+    found = [str(item) for item in Url(url.bucket).glob(url.key)] if any(mark in url.key for mark in "*?[") else []
+    if not found and url.is_dir():
+        raise UserError(f"`{url}` is a folder", f"name its files: {url}/*.jsonl.zst")
+    if not found:
+        raise UserError(f"`{pattern}` names no object", "mend it")
+    return found
 
 
 def _dataset_files(corpus: Corpus) -> list[str]:

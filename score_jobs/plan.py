@@ -5,7 +5,6 @@ from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -13,8 +12,8 @@ from pydantic import TypeAdapter
 from schemas.config import Corpus
 from schemas.disk import writing
 from schemas.errors import UserError
+from schemas.place import Place, open_store
 from schemas.seal import digest, seal, unseal
-from schemas.store import write_atomic
 from score_jobs.files import resolve
 from score_jobs.inputs import ShardError, version_of
 from score_jobs.lines import START, Mark
@@ -68,7 +67,7 @@ def plan(
     corpus: Corpus,
     fingerprint: dict[str, Any],
     unit_bytes: int,
-    inventory: Path,
+    inventory: Place,
     progress: Callable[[int, int], None],
     surveyor: Surveyor = survey_here,
 ) -> Plan:
@@ -97,7 +96,7 @@ def plan(
 
 
 def _entries(
-    urls: list[str], inventory: Path, progress: Callable[[int, int], None], surveyor: Surveyor
+    urls: list[str], inventory: Place, progress: Callable[[int, int], None], surveyor: Surveyor
 ) -> dict[str, Entry | ShardError]:
     """What each shard holds, or the error that stands for it; what changed since the last inventory is surveyed."""
     known = _read_inventory(inventory)
@@ -123,7 +122,9 @@ def _entries(
     finally:  # an interrupted survey is not begun anew
         known |= {url: entry for url, entry in entries.items() if isinstance(entry, Entry)}
         with writing(inventory):
-            write_atomic(inventory, seal({"shards": _INVENTORY.dump_python(known)}))
+            store = open_store(inventory.parent)
+            store.make("")
+            store.put(inventory.name, seal({"shards": _INVENTORY.dump_python(known)}))
     return entries
 
 
@@ -134,7 +135,7 @@ def _version_or_error(url: str) -> str | ShardError:
         return error
 
 
-def _read_inventory(path: Path) -> dict[str, Entry]:
+def _read_inventory(path: Place) -> dict[str, Entry]:
     """What earlier surveys found. A cache: one that is missing, damaged or of another version is made anew."""
     try:
         return _shards(path.read_bytes())

@@ -26,7 +26,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from schemas.config import Score
 from schemas.environment import installed
-from schemas.errors import Stranded, UserError, first_line
+from schemas.errors import Stranded, Unreachable, UserError, first_line
 from schemas.fingerprint import arithmetic
 from schemas.receipt import Canary, Receipt
 from score_jobs.inputs import ShardError
@@ -161,7 +161,7 @@ class Pool:
             result: Any = ray.get(reference)
         except RayTaskError as error:
             cause: Any = error.cause
-            if isinstance(cause, UserError):
+            if isinstance(cause, UserError) and not isinstance(cause, Unreachable):
                 raise cause from None
             if not (unit and isinstance(cause, ShardError)):
                 # An engine that failed once may be poisoned: what comes after it gets a fresh process.
@@ -412,6 +412,8 @@ def _start(score: Score) -> Cluster:
     local = score.address is None
     size: dict[str, Any] = {}
     if local:
+        # An idle Python for each CPU, of which actors, whose environment differs, would use none.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         size = {"num_cpus": score.workers * score.cpus_per_worker, "include_dashboard": False}
         size |= {} if score.gpus_per_worker else {"num_gpus": 0}
     start, keeper = time.monotonic(), Keeper(("gcs_server", "raylet"), LAST_WORDS) if local else None

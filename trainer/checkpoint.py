@@ -161,13 +161,22 @@ def prune(folder: Path, keep: int, ranks: Ranks) -> None:
 
 
 def refuse_changes(folder: Path, stored: State, origin: dict[str, Any]) -> None:
-    """Raise UserError naming each thing that differs from what the checkpoint was made of (law 14)."""
-    lines = difference(stored.origin, origin)
+    """Raise UserError naming each thing that differs from what the checkpoint was made of (law 14).
+
+    Of `train.skip` only what lies behind the checkpoint: what lies ahead of it decided none of its numbers.
+    """
+    lines = difference(_behind(stored.origin, stored.position), _behind(origin, stored.position))
     if lines:
         raise UserError(
             f"{folder}: cannot go on with other data, models or settings:\n  " + "\n  ".join(lines),
             "restore them, or give the run another name (train.run)",
         )
+
+
+def _behind(origin: dict[str, Any], position: int) -> dict[str, Any]:
+    settings = origin["train"]
+    skip = [[start, min(end, position)] for start, end in settings.get("skip", []) if start < position]
+    return {**origin, "train": {**settings, "skip": skip}}
 
 
 def remove_unfinished(folder: Path) -> None:

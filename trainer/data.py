@@ -6,24 +6,27 @@ position in the order can be opened by reading one block. State is one integer: 
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from schemas.errors import UserError
 from schemas.fingerprint import difference, digest
-from schemas.receipt import Layout, Receipt, read_complete, read_dataset, read_receipts
+from schemas.place import Place
+from schemas.receipt import READERS, Layout, Receipt, read_complete, read_dataset, read_receipts
 from schemas.shard import SCORE_AGAIN, Window, open_shard, read_group, shard_metadata
 from schemas.window import token_hashes
+from trainer.cache import Cache
 
 
 class Source(Protocol):
-    """Windows in numbered groups. `columns`: what is stored beside their tokens."""
+    """Windows in numbered groups, `tokens` in all. `columns`: what is stored beside their tokens."""
 
     fingerprint: str
     group_sizes: np.ndarray
+    tokens: int
     columns: frozenset[str]
 
     def read(self, group: int) -> list[Window]:
@@ -34,31 +37,36 @@ class Source(Protocol):
 class ScoreShards:
     """The committed units of a score dataset, indexed by their Parquet footers alone."""
 
-    def __init__(self, root: Path, partial: bool = False):
-        """Index a dataset; `partial` accepts one whose scoring did not come to its end.
+    def __init__(self, root: Place, partial: bool = False, cache: Cache | None = None):
+        """Index a dataset; `partial` accepts one whose scoring did not come to its end. `cache` opens its shards.
 
         Raises UserError if it is empty, unfinished or damaged, mixes settings, or holds a shard under another name.
         """
-        layout = Layout(root)
+        self.root, self.cache, layout = root, cache or Cache(), Layout(root)
         self.dataset: dict[str, Any] = read_dataset(layout)
         receipts = read_receipts(layout)
         if not receipts:
             raise UserError(f"{root}: no receipts, so no verified scores", "run `make score`")
         check_whole(layout, set(receipts), partial)
-        self.groups: list[Group] = []
-        for unit, receipt in receipts.items():
-            self.groups += self._groups(layout.shard(unit), receipt)
+        with ThreadPoolExecutor(READERS) as readers:  # a footer of an object store takes a round trip
+            shards = map(layout.shard, receipts)
+            self.groups = [group for found in readers.map(self._groups, shards, receipts.values()) for group in found]
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
+        self.tokens = sum(receipt.tokens for receipt in receipts.values())
         entropy = bool(self.dataset["scorer"].get("entropy"))
         self.columns = frozenset({"ref_loss", "ref_entropy"} if entropy else {"ref_loss"})
 
-    def _groups(self, path: Path, receipt: Receipt) -> list["Group"]:
-        if not path.exists() or path.stat().st_size != receipt.bytes:
+    def _groups(self, path: Place, receipt: Receipt) -> list["Group"]:
+        try:
+            there = self.cache.size(path) == receipt.bytes
+        except FileNotFoundError:
+            there = False
+        if not there:
             raise UserError(
                 f"{path}: missing or not the {receipt.bytes} bytes of its receipt", "see `tokensift verify`"
             )
-        file = open_shard(path)
+        file = open_shard(self.cache.open(path))
         metadata = shard_metadata(path, file)
         changed = difference(self.dataset, metadata.fingerprint)
         if changed:
@@ -68,21 +76,23 @@ class ScoreShards:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         if metadata.unit != receipt.unit or sum(sizes) != receipt.windows:
             raise UserError(f"{path}: is not the shard that its receipt describes", SCORE_AGAIN)
-        return [Group(path=path, index=index, windows=size) for index, size in enumerate(sizes)]
+        rows = (receipt.input_hash, receipt.first_document, receipt.end_document)
+        return [Group(path=path, index=index, windows=size, rows=rows) for index, size in enumerate(sizes)]
 
     def read(self, group: int) -> list[Window]:
         """The windows of one row group, their token hashes checked. Raises UserError naming the shard."""
         wanted = self.groups[group]
-        return read_group(wanted.path, open_shard(wanted.path), wanted.index)
+        return read_group(wanted.path, open_shard(self.cache.open(wanted.path)), wanted.index)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One row group of one score shard."""
+    """One row group of one score shard. `rows`: the input of its unit, by hash, first and last document."""
 
-    path: Path
+    path: Place
     index: int
     windows: int
+    rows: tuple[str, int, int]
 
 
 def check_whole(layout: Layout, found: set[str], partial: bool) -> None:

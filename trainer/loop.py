@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,26 @@ from trainer.choice import chooser, masks_ahead, require_columns
 from trainer.data import Source
 from trainer.live import Live, parallelize
 from trainer.metrics import Log, StepStats
+from trainer.mixture import Mixture
 from trainer.optimizer import adamw, learning_rate
 from trainer.ranks import Ranks
 from trainer.selection import Selection
 from trainer.stream import Geometry, Order, Step, prefetched, steps
 
-# What may differ on resume: it decides no number.
-FREE_SETTINGS = {"output", "run", "checkpoint_every", "keep_checkpoints", "evaluate_every", "micro_rows", "partial"}
+# What may differ on resume: it decides no number. What `scores` and `mixture` hold is in the data's fingerprint.
+FREE_SETTINGS = {
+    "output",
+    "run",
+    "scores",
+    "mixture",
+    "partial",
+    "micro_rows",
+    "cache",
+    "cache_bytes",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "evaluate_every",
+}
 VERSIONS = ("torch", "transformers", "numpy")  # numpy draws the order
 CHECKPOINTS = "checkpoints"
 FORWARDED_SECONDS = 3  # a second signal within this is the first one, handed on by torchrun
@@ -75,6 +88,7 @@ def _train(run: Run, final: Path) -> Path:
     if saved:
         state = checkpoint.load_state(saved)
         checkpoint.refuse_changes(saved, state, origin)
+        state = replace(state, origin=origin)
     if saved == final:
         return final
     live, optimizer = build(run, saved)
@@ -89,6 +103,7 @@ def _train(run: Run, final: Path) -> Path:
         seed=run.config.seed,
         shuffle_groups=run.config.shuffle_groups,
         columns=run.selection.columns,
+        skip=run.config.skip,
     )
     with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop:
         state = loop(run, live, optimizer, stream, geometry, state, log, stop)
@@ -248,8 +263,12 @@ def advance(state: State, step: Step, selected: int) -> State:
 
 
 def figures(run: Run, state: State, step: Step, rate: float, seconds: float, waited: float) -> dict[str, Any]:
-    """What a row of metrics says besides the losses; `data_wait` is the share of the step spent waiting for data."""
-    return {
+    """What a row of metrics says besides the losses; `data_wait` is the share of the step spent waiting for data.
+
+    `drawn`: windows so far of each part of a mixture.
+    """
+    drawn = {"drawn": run.source.drawn(state.position)} if isinstance(run.source, Mixture) else {}
+    return drawn | {
         "tokens_seen": state.tokens_seen,
         "tokens_selected": state.tokens_selected,
         "position": state.position,

@@ -6,14 +6,16 @@ before any forward, and no rank has state of its own.
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
 from schemas.batch import Batch, RowFiller, collate, renumbered
 from trainer.data import Placed, Source, ordered
+from trainer.mixture import Mixture
 
 CHANCE = "chance"  # the column that no data hold: draws of the random control
 PREFETCHED_STEPS = 2
@@ -68,24 +70,42 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Which windows come when: the data, and all that decides their order and draws."""
+    """Which windows come when: the data, and all that decides their order and draws.
+
+    skip: ranges of places in the order, ascending, whose windows are left out.
+    """
 
     source: Source
     seed: int
     shuffle_groups: int
     columns: tuple[str, ...] = ()
+    skip: Sequence[tuple[int, int]] = ()
+
+    def windows(self, position: int) -> Iterator[tuple[int, Placed]]:
+        """Places and windows from `position` on, without end."""
+        for start, end in self.skip:
+            if position < end:
+                yield from islice(self._from(position), max(0, start - position))
+                position = end
+        yield from self._from(position)
+
+    def _from(self, position: int) -> Iterator[tuple[int, Placed]]:
+        if isinstance(self.source, Mixture):
+            windows = self.source.ordered(self.seed, self.shuffle_groups, position)
+        else:
+            windows = ordered(self.source, self.seed, self.shuffle_groups, position)
+        return enumerate(windows, position)
 
 
 def steps(order: Order, geometry: Geometry, position: int) -> Iterator[Step]:
     """Steps from `position` on, without end."""
-    windows = ordered(order.source, order.seed, order.shuffle_groups, position)
-    waiting = next(windows)
+    windows = order.windows(position)
+    position, waiting = next(windows)
     while True:
         filler, members = RowFiller(geometry.rows, geometry.row_tokens, geometry.alone), []
         while filler.add(len(members), len(waiting.window.tokens)):
             members.append(waiting)
-            waiting = next(windows)
-        position += len(members)
+            position, waiting = next(windows)
         yield _step(filler.rows, members, order, geometry, position)
 
 

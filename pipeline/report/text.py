@@ -1,7 +1,6 @@
 """The report's text: a few windows of the corpus, judged by the trained model beside the stored reference losses."""
 
 from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from schemas.batch import collate
 from schemas.config import Config
 from schemas.loss import batch_losses
 from schemas.models import open_model, open_tokenizer
+from schemas.place import Place
 from schemas.receipt import Layout, read_receipts
 from schemas.shard import Window, open_shard, read_group
 from trainer.selection import select_top
@@ -19,7 +19,7 @@ from trainer.selection import select_top
 SHOWN_WINDOWS, SHOWN_TOKENS, FEWEST_TOKENS = 8, 384, 24
 
 
-def chosen_windows(scores: Path) -> list[Window]:
+def chosen_windows(scores: Place) -> list[Window]:
     """The middle windows of the first documents of the first shards: the same at every call, cut to what a page shows.
 
     Middles, because a web page begins and ends with its menus.

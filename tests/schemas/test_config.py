@@ -41,6 +41,42 @@ def test_a_wrong_field_is_named_together_with_its_file(
     assert str(path) in message and f"`{named}`" in message
 
 
+MIXED = [{"scores": "one/scores", "weight": 3}, {"scores": ["two/scores", "three/scores"], "weight": 1}]
+
+
+def test_scores_are_one_path_several_references_or_a_mixture_of_both(
+    make_config: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    path = write_config(make_config(tmp_path), tmp_path / "c.yaml")
+    assert load_config(path).train.scores == []
+    assert load_config(path, {"train.scores": "one/scores"}).train.scores == [Path("one/scores")]
+    mixture = load_config(path, {"train.mixture": MIXED}).train.mixture
+    assert [part.weight for part in mixture] == [3, 1]
+    assert [part.scores for part in mixture] == [[Path("one/scores")], [Path("two/scores"), Path("three/scores")]]
+
+
+REFERENCE = {"corpus": {"paths": ["a"]}, "train": {"epochs": 1, "scores": ["one/scores"]}}
+WRONG_DATA = {
+    "give either `scores` or `mixture`": {"train.scores": ["a"], "train.mixture": MIXED},
+    "a reference trains on its `corpus`": {"reference": REFERENCE},
+    "train.mixture.0.weight": {"train.mixture": [{"scores": ["a"], "weight": 0}]},
+    "train.mixture.0.scores": {"train.mixture": [{"scores": [], "weight": 1}]},
+    "`skip` must be ranges": {"train.skip": [[5, 3]]},
+    "ascending order": {"train.skip": [[5, 9], [2, 4]]},
+    "none empty": {"train.skip": [[5, 5]]},
+    "into another": {"train.skip": [[5, 9], [8, 12]]},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_DATA)
+def test_data_that_contradict_themselves_are_refused(
+    make_config: Callable, write_config: Callable, tmp_path: Path, message: str
+) -> None:
+    path = write_config(make_config(tmp_path), tmp_path / "c.yaml")
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        load_config(path, WRONG_DATA[message])
+
+
 def test_overrides_reach_nested_fields(make_config: Callable, write_config: Callable, tmp_path: Path) -> None:
     path = write_config(make_config(tmp_path), tmp_path / "c.yaml")
     assert load_config(path, {"train.keep": 0.7}).train.keep == 0.7

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.store import NotWritten, Store, sha256_file, write_atomic
+from schemas.store import FolderStore, NotWritten, sha256_file, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -15,15 +15,15 @@ def names(folder: Path) -> list[str]:
 
 def test_put_if_absent_never_replaces_and_says_so(tmp_path: Path) -> None:
     for content, expected in ((b"first", True), (b"second", False)):
-        assert Store(tmp_path).put_if_absent("receipt.json", content) is expected
+        assert FolderStore(tmp_path).put_if_absent("receipt.json", content) is expected
         assert (tmp_path / "receipt.json").read_bytes() == b"first"
     assert names(tmp_path) == ["receipt.json"]
 
 
 def test_put_replaces_and_leaves_no_temporary(tmp_path: Path) -> None:
     for content in (b"first", b"second"):
-        Store(tmp_path).put("shard", content)
-        assert Store(tmp_path).read("shard") == content
+        FolderStore(tmp_path).put("shard", content)
+        assert FolderStore(tmp_path).read("shard") == content
     assert names(tmp_path) == ["shard"]
 
 
@@ -34,15 +34,15 @@ def test_what_the_disk_gives_back_differently_never_gets_the_name(
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: real(path)[:-1] + b"!")
     with pytest.raises(NotWritten, match="reads back differently"):
-        getattr(Store(tmp_path), put)("shard", b"content")
+        getattr(FolderStore(tmp_path), put)("shard", b"content")
     assert names(tmp_path) == []
 
 
 def test_names_are_sorted_and_leave_out_what_is_not_finished(tmp_path: Path) -> None:
     for name in ("b.json", "a.json", ".tmp-c.json-1", "d.txt"):
         (tmp_path / name).write_bytes(b"")
-    assert Store(tmp_path).names(".", ".json") == ["a", "b"]
-    Store(tmp_path).sweep(".")
+    assert FolderStore(tmp_path).names(".", ".json") == ["a", "b"]
+    FolderStore(tmp_path).sweep(".")
     assert sorted(names(tmp_path)) == ["a.json", "b.json", "d.txt"]
 
 
@@ -70,7 +70,7 @@ def test_a_file_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: 
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, name=name, real=real, **k: (calls.append(name), real(*a, **k))[1])
     write_atomic(tmp_path / "a", b"x")
-    Store(tmp_path).put_if_absent("b", b"x")
+    FolderStore(tmp_path).put_if_absent("b", b"x")
     assert calls == ["fsync", "replace", "fsync", "fsync", "link", "fsync"]
 
 
@@ -80,7 +80,7 @@ def test_sha256_file_is_the_sha256_of_the_bytes(tmp_path: Path) -> None:
 
 
 def test_a_name_is_there_until_it_is_deleted_and_may_be_deleted_twice(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     assert not store.exists("a")
     store.put("a", b"x")
     assert store.exists("a")
@@ -92,7 +92,7 @@ def test_a_name_is_there_until_it_is_deleted_and_may_be_deleted_twice(tmp_path: 
 def test_a_sweep_does_not_mind_another_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = [tmp_path / ".tmp-a", tmp_path / ".tmp-b"]
     monkeypatch.setattr(Path, "glob", lambda path, pattern: gone)
-    Store(tmp_path).sweep(".")
+    FolderStore(tmp_path).sweep(".")
 
 
 def test_an_atomic_write_makes_every_folder_above(tmp_path: Path) -> None:

@@ -279,13 +279,19 @@ def test_a_shard_that_holds_fewer_rows_than_surveyed_is_an_error(
     ("path", "message"),
     [
         ("nowhere://x/part.jsonl", "Protocol not known"),
-        ("s3://bucket/part.jsonl", "s3fs"),
-        ("gs://bucket/part.jsonl", "gcsfs"),
+        ("oci://bucket/part.jsonl", "ocifs"),
+        ("s3://bucket/part.jsonl", "127.0.0.1:9"),
         ("{folder}", "is a folder"),
         ("{folder}/*", "is a folder"),
     ],
 )
-def test_a_place_that_cannot_be_looked_up_is_the_users_error(tmp_path: Path, path: str, message: str) -> None:
+def test_a_place_that_cannot_be_looked_up_is_the_users_error(
+    tmp_path: Path, path: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("schemas.object_store.FIRST_PATIENCE_SECONDS", 0.1)
     (tmp_path / "inner.jsonl").mkdir()
     with pytest.raises(UserError, match=rf"corpus\.paths: .*{message}"):
         resolve(Corpus(paths=[path.format(folder=tmp_path)]))

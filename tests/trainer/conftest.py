@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.train import source_of
 from schemas.models import open_tokenizer
 from tests.helpers import PATIENCE_SECONDS
-from trainer.data import ScoreShards
 from trainer.loop import Run, train
 from trainer.ranks import Ranks
 
@@ -21,8 +21,9 @@ def train_here():
         settings = config.train.model_copy(update=fields)
         base = Path(config.base)
         alone = Ranks(0, 1, torch.device("cpu"))
-        source = ScoreShards(config.score.output)
-        final = train(Run(settings, config.context, base, source, open_tokenizer(base, "base"), alone, evaluate))
+        tokenizer = open_tokenizer(base, "base")
+        source = source_of(config.model_copy(update={"train": settings}), tokenizer)
+        final = train(Run(settings, config.context, base, source, tokenizer, alone, evaluate))
         return final, read_rows(settings.output)
 
     return run

@@ -4,15 +4,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pipeline.train import source_of
 from schemas.models import open_tokenizer
-from trainer.data import ScoreShards
 from trainer.loop import Run, train
 from trainer.ranks import Ranks
 
 
 def run_job(config, settings, base, ranks):
-    source = ScoreShards(config.score.output)
-    return train(Run(settings, config.context, base, source, open_tokenizer(base, "base"), ranks))
+    tokenizer = open_tokenizer(base, "base")
+    source = source_of(config.model_copy(update={"train": settings}), tokenizer)
+    return train(Run(settings, config.context, base, source, tokenizer, ranks))
 
 
 def work(rank, world, meeting, jobs):

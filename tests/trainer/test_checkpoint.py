@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import trainer.loop
-from schemas.config import Train
+from schemas.config import Part, Train
 from schemas.errors import UserError
 from schemas.models import open_tokenizer
 from schemas.seal import seal, unseal
@@ -89,6 +89,7 @@ OTHERS = {
 }
 # Every setting that decides a number, with another value; those not here are free.
 SETTINGS = {
+    "skip": [(0, 5)],
     "objective": "random",
     "keep": 0.7,
     "scope": "sequence",
@@ -147,6 +148,37 @@ def test_free_settings_may_change_under_a_run(scores, outputs, tmp_path):
     shutil.copytree(outputs / "running", tmp_path / "run")
     go(scores, tmp_path / "run", checkpoint_every=1, keep_checkpoints=5, evaluate_every=3, partial=True)
     assert same_model(tmp_path / "run", outputs / "finished")
+
+
+def test_law_14_of_skipped_ranges_what_lies_ahead_may_be_changed_and_what_lies_behind_may_not(
+    scores, outputs, tmp_path
+):
+    run = shutil.copytree(outputs / "running", tmp_path / "run")
+    shutil.rmtree(checkpoint.newest(run / "checkpoints"))
+    state = checkpoint.load_state(checkpoint.newest(run / "checkpoints"))
+    ahead = (state.position + 1, state.position + 4)
+    go(scores, run, skip=[ahead])
+    mended, whole = without_times(read_rows(run)), without_times(read_rows(outputs / "finished"))
+    assert mended[: state.step] == whole[: state.step] and mended[state.step] != whole[state.step]
+    go(scores, tmp_path / "from the start", skip=[ahead])
+    assert same_model(run, tmp_path / "from the start")
+    for behind in ([], [(state.position, state.position + 4)]):
+        with pytest.raises(UserError, match=rf"train\.skip: \[\[{ahead[0]}, {ahead[1]}\]\] stored, .* now"):
+            go(scores, run, skip=behind)
+
+
+def test_law_14_a_mixtures_weights_and_references_are_part_of_its_data(scores, tmp_path, train_here):
+    path = scores.score.output
+
+    def mixture(paths, weight):
+        return {"mixture": [Part(scores=paths, weight=weight), Part(scores=[path], weight=1)], "epochs": 0.1}
+
+    train_here(scores, output=tmp_path / "run", **mixture([path], 2))
+    for changed in (mixture([path], 3), mixture([path, path], 2)):
+        with pytest.raises(UserError, match=r"dataset: '.*' stored, '.*' now"):
+            train_here(scores, output=tmp_path / "run", **changed)
+    moved = shutil.copytree(path, tmp_path / "moved")
+    train_here(scores, output=tmp_path / "run", **mixture([moved], 2))
 
 
 def same_model(one, other):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import trainer.loop
+from schemas.config import Part
 from schemas.errors import UserError
 from schemas.models import open_model
 from tests.helpers import PATIENCE_SECONDS
@@ -160,13 +161,16 @@ def test_a_run_stopped_on_one_rank_resumes_on_two(scores, tmp_path, train_here, 
 
 def test_a_run_of_two_ranks_that_was_cut_goes_on_alone_to_the_same_losses_in_step_scope(scores, tmp_path, train_here):
     cases = {name: {"objective": name, "scope": "step", **CUT} for name in ("slm", "self-ref-both")}
+    path = scores.score.output
+    parts = [Part(scores=[path], weight=3), Part(scores=[path, path], weight=1)]
+    cases["mixed"] = {"objective": "slm", "scope": "step", "mixture": parts, "skip": [(2, 9)], **CUT, "epochs": 0.25}
     settings = [scores.train.model_copy(update={**case, "output": tmp_path / name}) for name, case in cases.items()]
     on_ranks(2, tmp_path, [(scores, own, Path(scores.base)) for own in settings])
     for name, case in cases.items():
         final, whole = train_here(scores, output=tmp_path / "whole" / name, **case)
         cut_back(tmp_path / name)
         again, resumed = train_here(scores, output=tmp_path / name, **case)
-        assert len(whole) > 3
+        assert len(whole) > 3 and ("drawn" in whole[0]) == (name == "mixed")
         same_rows(resumed, whole, 1e-4)
         same_weights(again, final, 1e-4)
 

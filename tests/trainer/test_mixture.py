@@ -1,0 +1,165 @@
+"""Laws 8 and 10 for mixtures and skipped ranges: one integer, any world size, against a merge written out plainly."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.errors import UserError
+from schemas.shard import Window
+from trainer.data import MemoryWindows, ordered
+from trainer.mixture import Mixture
+from trainer.stream import Geometry, Order, steps
+
+
+class Lengths:
+    """Windows of these lengths in groups of three, each token the source's own letter."""
+
+    columns = frozenset({"ref_loss"})
+
+    def __init__(self, letter, lengths):
+        self.fingerprint, self.tokens = f"{letter}{lengths}", sum(lengths)
+        self.groups = [lengths[start : start + 3] for start in range(0, len(lengths), 3)]
+        self.group_sizes = np.array([len(group) for group in self.groups])
+        self.letter = letter
+
+    def read(self, group):
+        return [
+            Window(f"{self.letter}{group}-{i}", i, np.full(length, self.letter), np.zeros(length, np.float16))
+            for i, length in enumerate(self.groups[group])
+        ]
+
+
+def sources():
+    rng = np.random.default_rng(3)
+    sizes = {1: (40, 30), 2: (25, 9), 3: (7, 50)}  # windows and their mean length
+    return [Lengths(letter, rng.integers(1, 2 * mean, count).tolist()) for letter, (count, mean) in sizes.items()]
+
+
+WEIGHTS = [6, 3, 1]
+
+
+@pytest.fixture
+def mixture():
+    return Mixture(sources(), WEIGHTS)
+
+
+def plainly(parts, weights, count):
+    """Which source each of the first windows is of: by due time, in exact fractions; the earlier source of equals."""
+    every = []
+    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        mean = Fraction(part.tokens, int(part.group_sizes.sum()))
+        every += [((2 * j + 1) * mean / Fraction(weight), number) for j in range(count)]
+    return [number for _, number in sorted(every)[:count]]
+
+
+PARTS = st.lists(
+    st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 9)), min_size=1, max_size=4
+)
+
+
+@given(PARTS, st.integers(0, 60))
+def test_how_many_of_each_come_first_is_what_a_merge_by_due_time_says(parts, position):
+    made = [Lengths(number, lengths) for number, (lengths, _) in enumerate(parts)]
+    weights = [weight for _, weight in parts]
+    mixture, turns = Mixture(made, weights), plainly(made, weights, position)
+    drawn = mixture.drawn(position)
+    assert sum(drawn) == position
+    # Distances are rounded to one part in a million: equals may change places, nothing else.
+    assert all(abs(count - turns.count(number)) <= 1 for number, count in enumerate(drawn))
+    placed = list(itertools.islice(mixture.ordered(0, 2, 0), position))
+    assert [sum(int(p.window.tokens[0]) == n for p in placed) for n in range(len(made))] == drawn
+
+
+def test_tokens_come_in_the_shares_of_the_weights(mixture):
+    seen = np.zeros(4)
+    for placed in itertools.islice(mixture.ordered(0, 2, 0), 20_000):
+        seen[int(placed.window.tokens[0])] += len(placed.window.tokens)
+    np.testing.assert_allclose(seen[1:] / seen.sum(), np.array(WEIGHTS) / 10, rtol=0.002)
+
+
+def test_every_source_keeps_its_own_order_and_epochs(mixture):
+    placed = list(itertools.islice(mixture.ordered(7, 2, 0), 500))
+    for number, source in enumerate(mixture.sources):
+        own = [item for item in placed if item.window.tokens[0] == source.letter]
+        alone = list(itertools.islice(ordered(source, 7, 2, 0), len(own)))
+        assert [item.window.doc_id for item in own] == [item.window.doc_id for item in alone]
+        offset = sum(mixture.windows[:number])
+        assert [(item.epoch, item.key) for item in own] == [(item.epoch, item.key + offset) for item in alone]
+
+
+def test_a_mixture_of_one_is_that_one_and_read_numbers_groups_source_after_source(mixture):
+    alone = Mixture(mixture.sources[:1], [0.3])
+    one = [p.window.doc_id for p in itertools.islice(alone.ordered(1, 2, 5), 60)]
+    assert one == [p.window.doc_id for p in itertools.islice(ordered(mixture.sources[0], 1, 2, 5), 60)]
+    found = [window.doc_id for group in range(len(mixture.group_sizes)) for window in mixture.read(group)]
+    assert found == [w.doc_id for s in mixture.sources for g in range(len(s.groups)) for w in s.read(g)]
+    with pytest.raises(IndexError):
+        mixture.read(len(mixture.group_sizes))
+
+
+def test_any_position_opens_the_same_order(mixture):
+    whole = list(itertools.islice(mixture.ordered(1, 2, 0), 400))
+    for position in (0, 1, 2, 39, 77, 300):
+        assert sum(mixture.drawn(position)) == position
+        again = itertools.islice(mixture.ordered(1, 2, position), 20)
+        assert [(p.epoch, p.key) for p in again] == [(p.epoch, p.key) for p in whole[position : position + 20]]
+
+
+def test_places_of_billions_of_windows_are_found_at_once(mixture):
+    drawn = mixture.drawn(10**11)
+    assert sum(drawn) == 10**11
+    means = [source.tokens / windows for source, windows in zip(mixture.sources, mixture.windows, strict=True)]
+    tokens = [count * mean for count, mean in zip(drawn, means, strict=True)]
+    np.testing.assert_allclose(np.array(tokens) / sum(tokens), np.array(WEIGHTS) / 10, rtol=1e-5)
+
+
+SKIP = [(3, 8), (8, 11), (40, 41), (90, 2000)]
+
+
+@pytest.mark.parametrize("skip", [[], SKIP])
+@pytest.mark.parametrize("world", [2, 4])
+def test_steps_do_not_depend_on_world_size_and_go_on_from_their_integer(mixture, world, skip):
+    order = Order(mixture, 0, 2, ("ref_loss", "chance"), skip)
+    alone = list(itertools.islice(steps(order, Geometry(4, 128, 4), 0), 6))
+    ranks = [list(itertools.islice(steps(order, Geometry(4, 128, 4 // world, r, world), 0), 6)) for r in range(world)]
+    for number, step in enumerate(alone):
+        assert {rank[number].position for rank in ranks} == {step.position}
+        rows = torch.cat([rank[number].micros[0].batch.ids for rank in ranks])
+        assert torch.equal(rows, step.micros[0].batch.ids)
+        resumed = list(itertools.islice(steps(order, Geometry(4, 128, 4), step.position), 6 - number - 1))
+        assert [s.position for s in resumed] == [s.position for s in alone[number + 1 :]]
+        for one, other in zip(resumed, alone[number + 1 :], strict=True):
+            assert torch.equal(one.micros[0].batch.ids, other.micros[0].batch.ids)
+
+
+def test_what_is_skipped_is_passed_over_and_nothing_else(mixture):
+    places = set(range(2100)) - {place for start, end in SKIP for place in range(start, end)}
+    whole = list(itertools.islice(mixture.ordered(0, 2, 0), 2100))
+    for position in (0, 5, 8, 41, 100, 2000, 2050):
+        found = list(itertools.islice(Order(mixture, 0, 2, (), SKIP).windows(position), 60))
+        wanted = [place for place in sorted(places) if place >= position][:60]
+        assert [place for place, _ in found][: len(wanted)] == wanted
+        assert [(p.epoch, p.key) for _, p in found][: len(wanted)] == [(whole[w].epoch, whole[w].key) for w in wanted]
+
+
+def test_the_fingerprint_knows_parts_weights_and_their_order():
+    parts = sources()
+    prints = {
+        Mixture(parts, WEIGHTS).fingerprint,
+        Mixture(parts[::-1], WEIGHTS[::-1]).fingerprint,
+        Mixture(parts, [6, 3, 2]).fingerprint,
+        Mixture([*parts[:2], parts[0]], WEIGHTS).fingerprint,
+    }
+    assert len(prints) == 4
+    assert Mixture(parts, [6.0, 3.0, 1.0]).fingerprint in prints
+
+
+def test_columns_are_what_all_parts_have_and_an_empty_part_is_refused():
+    assert Mixture([sources()[0], MemoryWindows([np.arange(5)])], [1, 1]).columns == set()
+    with pytest.raises(UserError, match=r"train\.mixture: a dataset holds no windows"):
+        Mixture([sources()[0], MemoryWindows([])], [1, 1])

@@ -1,0 +1,101 @@
+"""Several references over one corpus: joined by what they scored, held against the plain Parquet files."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.errors import UserError
+from tests.trainer.conftest import read_rows
+from trainer.data import ScoreShards
+from trainer.references import References
+
+
+@pytest.fixture(scope="module")
+def other(scores, corpus_tools, score_here, tmp_path_factory):
+    """The same corpus under another reference, without entropies."""
+    folder = tmp_path_factory.mktemp("other")
+    model = corpus_tools.build_tiny_model(folder / "model", seed=5)
+    changed = scores.score.model_copy(update={"model": str(model), "output": folder / "scores", "entropy": False})
+    return score_here(scores.model_copy(update={"score": changed}))
+
+
+@pytest.fixture
+def both(scores, other):
+    return [ScoreShards(config.score.output) for config in (scores, other)]
+
+
+def rows_of(config):
+    table = pq.read_table(config.score.output / "units")
+    return {(row["doc_id"], row["row"], row["window"]): row for row in table.to_pylist()}
+
+
+def test_tokens_are_the_first_ones_and_losses_the_mean_of_all(scores, other, both):
+    joined, (one, another) = References(both), (rows_of(scores), rows_of(other))
+    found = [window for group in range(len(joined.group_sizes)) for window in joined.read(group)]
+    assert len(found) == len(one) == len(another) == joined.group_sizes.sum()
+    assert joined.tokens == sum(len(row["tokens"]) for row in one.values())
+    assert joined.columns == {"ref_loss"}  # the second one has no entropies
+    differ = 0
+    for window in found:
+        key = window.doc_id, window.row, window.index
+        assert window.tokens.tolist() == one[key]["tokens"]
+        losses = np.array([one[key]["ref_loss"], another[key]["ref_loss"]], dtype=np.float64)
+        np.testing.assert_allclose(window.ref_loss, losses.mean(0), rtol=1e-6)
+        assert window.ref_entropy is None
+        differ += np.nanmax(np.abs(losses[0] - losses[1]), initial=0) > 0.1
+    assert differ > len(found) / 2
+
+
+def test_the_fingerprint_knows_every_reference_and_which_comes_first(both):
+    prints = [References(datasets).fingerprint for datasets in (both, both[::-1], [both[0], both[0]])]
+    assert len({*prints, both[0].fingerprint}) == 4
+
+
+def test_a_reference_beside_itself_trains_as_it_does_alone(scores, tmp_path, train_here):
+    fields = {"epochs": 0.2, "objective": "slm"}
+    path = scores.score.output
+    for name, paths in {"alone": [path], "twice": [path, path]}.items():
+        train_here(scores, output=tmp_path / name, scores=paths, **fields)
+    figures = [[row["loss_kept"] for row in read_rows(tmp_path / name)] for name in ("alone", "twice")]
+    assert figures[0] == figures[1] and len(figures[0]) > 1
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "context", "corpus"])
+def test_a_dataset_of_other_tokens_is_refused_field_by_field(both, part):
+    field = sorted(both[1].dataset[part])[0]
+    both[1].dataset = {**both[1].dataset, part: {**both[1].dataset[part], field: "other"}}
+    with pytest.raises(UserError, match=rf"cannot stand beside .*\n  {part}\.{field}: .* stored, 'other' now"):
+        References(both)
+
+
+def test_a_corpus_that_was_cut_otherwise_or_not_to_the_end_is_refused(scores, both):
+    both[1].groups = both[1].groups[1:]
+    with pytest.raises(UserError, match=r"has no scores of the rows of .*1 row groups.*score\.unit_bytes, to the end"):
+        References(both)
+
+
+def test_a_document_that_one_of_them_put_into_quarantine_is_named_by_its_shard(both):
+    both[1].groups[0] = replace(both[1].groups[0], windows=both[1].groups[0].windows - 1)
+    with pytest.raises(UserError, match=rf"{both[1].groups[0].path.name}: holds .*quarantine"):
+        References(both)
+
+
+def test_other_tokens_in_the_place_of_a_window_are_refused_by_name(both):
+    joined, real = References(both), both[1].read
+    changed = [replace(window, tokens=window.tokens + 1) for window in real(0)]
+    joined.datasets[1].read = lambda group: changed
+    with pytest.raises(UserError, match=r"holds document .*, window 0, where .*or other tokens of it"):
+        joined.read(0)
+
+
+def test_row_groups_are_matched_by_their_input_wherever_they_stand(both):
+    turned = SimpleNamespace(**vars(both[1]))
+    turned.groups = both[1].groups[::-1]
+    turned.read = lambda group: both[1].read(len(both[1].groups) - 1 - group)
+    one, other = References(both), References([both[0], turned])
+    for group in range(len(one.group_sizes)):
+        for left, right in zip(one.read(group), other.read(group), strict=True):
+            np.testing.assert_array_equal(left.ref_loss, right.ref_loss)

@@ -60,9 +60,7 @@ def go(scores, output, report=lambda row, done: None, **fields):
 
 
 def test_a_run_that_breaks_names_its_windows(scores, tmp_path):
-    with pytest.raises(
-        UserError, match=r"not finite at step \d+; its worst windows: \S+ \(row \d+, window \d+: "
-    ):
+    with pytest.raises(UserError, match=r"not finite at step \d+; its worst windows: \S+ \(row \d+, window \d+: "):
         go(scores, tmp_path, learning_rate=1e30, schedule="constant", warmup=0.0)
 
 

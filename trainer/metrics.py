@@ -1,6 +1,7 @@
 """Metrics: JSON lines that survive a crash and are cut back on resume, and the same numbers for TensorBoard."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ class StepStats:
             "broken": broken,
             "selected": kept_count,
         }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: of the device's memory, on a CPU of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 class Log:

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
-from schemas.config import Train
+if TYPE_CHECKING:
+    from schemas.config import Train
 
 
-def learning_rate(config: Train, done: float) -> float:
+def learning_rate(config: "Train", done: float) -> float:
     """Learning rate at `done` in [0, 1]: linear warm-up, then cosine, warmup-stable-decay, or constant."""
     floor = config.min_learning_rate_ratio
     if done < config.warmup:
@@ -24,7 +26,7 @@ def learning_rate(config: Train, done: float) -> float:
     return config.learning_rate * factor
 
 
-def adamw(parameters: Iterable[torch.nn.Parameter], config: Train) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[torch.nn.Parameter], config: "Train") -> torch.optim.AdamW:
     """AdamW that decays matrices, and leaves norms and biases (fewer than two dimensions) alone."""
     every = list(parameters)
     groups = [

@@ -30,6 +30,8 @@ from score_jobs.worker import Worker
 from tests.object_store.server import Proxy
 from tests.score_jobs.conftest import ROOT, Job, outputs
 
+TRIALS = int(os.environ.get("TRIALS", "12"))  # of the campaign; some half a minute each
+
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Job]]:
@@ -177,7 +179,7 @@ def test_a_campaign_of_kills_through_faults_loses_nothing(
     whole: Config, far: Config, proxy: Proxy, write_config: Callable, tmp_path: Path
 ) -> None:
     requests = faults = kills = 0
-    for trial in range(12):
+    for trial in range(TRIALS):
         score = far.score.model_copy(update={"output": far.score.output / f"{trial}"})
         path, layout = (
             write_config(far.model_copy(update={"score": score}), tmp_path / "config.yaml"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.evaluate import TargetLoss
 from pipeline.progress import bar, say
-from schemas.config import Config, Context, Corpus, Part, Train
+from schemas.config import Config, Context, Corpus, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
@@ -31,13 +31,12 @@ def train_live(config: Config) -> Path:
 
 
 def source_of(config: Config, tokenizer: Any) -> Source:
-    """What `train.scores` or `train.mixture` names; by default the scores that `tokensift score` makes."""
-    parts = config.train.mixture or [Part(scores=config.train.scores or [config.score.output], weight=1)]
+    """The score datasets of a run as one, every one of the live model's own tokens and context."""
     cache, sources = Cache(config.train.cache, config.train.cache_bytes), []
-    for part in parts:
+    for part in config.parts:
         datasets = [open_scores(place, cache, config, tokenizer) for place in part.scores]
         sources.append(datasets[0] if len(datasets) == 1 else References(datasets))
-    return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in parts])
+    return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in config.parts])
 
 
 def open_scores(place: Place, cache: Cache, config: Config, tokenizer: Any) -> ScoreShards:

@@ -53,8 +53,10 @@ CLUSTER_ENDS = {"driver": {KILLED, DONE}, "worker": {DONE}, "stopped worker": {D
 COMMANDS = {"worker": ("ray::Actor",), "agent": ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "/agent.py", "/agent/")}
 SEVERAL = {"worker": 3, "node": 2}  # strikes of one job that goes on
 COUNTS = ("trials", "strikes", "differences", "hangs", "orphans", "failures")
-HANG_SECONDS, ORPHAN_SECONDS = 60.0, 30.0  # more where the job goes on: four times what it takes alone
-UNIT_SECONDS = 5.0  # after which a stopped worker is given up
+HANG_SECONDS, ORPHAN_SECONDS = 60.0, 30.0  # more, four times what a job takes alone, for one that goes on or is slow
+UNIT_SECONDS = (
+    5.0  # after which a stopped worker is given up, at least; half of what a job takes alone on a busy machine
+)
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
@@ -95,7 +97,6 @@ def make_world(folder: Path) -> Path:
             "unit_bytes": 5_000,
             "workers": 2,
             "attempts": 9,
-            "unit_timeout_seconds": UNIT_SECONDS,
             "max_quarantined": 0.5,
         },
         "train": {"objective": "slm", "epochs": 1},
@@ -241,7 +242,7 @@ class Campaign:
     def alone(self) -> None:
         """The job that is left alone."""
         job, began = ScoringJob(self.config, self.output, ()), time.monotonic()
-        if job.wait(180) != DONE:
+        if job.wait(600) != DONE:
             sys.exit(job.destroy())
         self.seconds, self.whole = time.monotonic() - began, outputs(self.output)
         job.destroy()
@@ -250,7 +251,8 @@ class Campaign:
     def trial(self, kind: str, cluster: RealCluster | None = None) -> dict[str, int]:
         """One job that is struck; what was found, by COUNTS."""
         found = dict.fromkeys(COUNTS, 0) | {"trials": 1}
-        settings = (f"score.address={cluster.address}",) if cluster else ()
+        settings = (f"score.unit_timeout_seconds={max(UNIT_SECONDS, self.seconds / 2)}",)
+        settings += (f"score.address={cluster.address}",) if cluster else ()
         # The bytes do not depend on the number of workers; one costs less.
         job = ScoringJob(
             self.config,
@@ -264,7 +266,7 @@ class Campaign:
                 while job.poll() is None and not self.strike(job, kind, parts, cluster):
                     time.sleep(0.02)
                 found["strikes"] += job.poll() is None or job.status == KILLED
-            status = job.wait(HANG_SECONDS + (4 * self.seconds if DONE in ends[kind] and len(ends[kind]) == 1 else 0))
+            status = job.wait(HANG_SECONDS + 4 * self.seconds)
             found["hangs"] += status is None
             found["orphans"] += self.orphans(parts, cluster) if status is not None else 0
         finally:

@@ -195,12 +195,38 @@ def train(
         str | None, typer.Option(help="clm, slm, random, self-ref-loss, -entropy or -both; default: the config's.")
     ] = None,
     run: Annotated[str | None, typer.Option(help="Name of the run's folder; default: the objective.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, and say what it comes to: steps, memory, disk. Writes nothing.")
+    ] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="With --dry-run: GPUs (or processes) that would train.")] = 1,
+    json_: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
 ) -> None:
     """Stage 2: train on stored scores. Resumes from the last checkpoint; under torchrun, on every GPU."""
     loaded = read_config(config, set_, objective=objective, run=run)
+    if dry_run:
+        from pipeline.forecast import forecast, print_forecast
+
+        plan = forecast(loaded, ranks)
+        if json_:
+            sys.stdout.write(json.dumps(plan) + "\n")
+        else:
+            print_forecast(plan)
+        return
     from pipeline.train import train_live
 
     train_live(loaded)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A training run's checkpoint, .../checkpoints/step-<number>.")],
+    folder: Annotated[Path, typer.Argument(help="The model folder to make.")],
+) -> None:
+    """Make a Hugging Face folder of a checkpoint, block by block: memory does not grow with the model."""
+    from trainer.export import export_to
+
+    export_to(checkpoint, folder)
+    say(f"{folder}: a Hugging Face model, float32")
 
 
 @app.command("eval")

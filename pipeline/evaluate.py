@@ -18,6 +18,7 @@ from schemas.batch import IGNORE, collate, renumbered
 from schemas.config import Config, Context
 from schemas.errors import UserError, first_line
 from schemas.models import local_model, open_model, open_tokenizer
+from trainer.export import as_model
 from trainer.live import Live, choose_none
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -123,7 +124,8 @@ def evaluate_models(config: Config, models: list[str]) -> list[dict[str, Any]]:
         chosen = models or [config.base, config.score.model, *arms]
         for number, name in enumerate(chosen):
             progress.update(number / len(chosen), name)
-            rows.append({"model": name, **evaluate_model(config, local_model(name))})
+            with as_model(local_model(name)) as folder:
+                rows.append({"model": name, **evaluate_model(config, folder)})
     table = Table("model", "nats/token", "bits/byte", "exact match")
     for row in rows:
         match = f"{row['exact_match']:.1%} of {row['problems']}" if "exact_match" in row else "-"

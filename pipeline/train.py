@@ -23,11 +23,16 @@ from trainer.references import References
 def train_live(config: Config) -> Path:
     """Stage 2: train from the base on stored scores; one folder a run. Returns the final model's folder."""
     die_with_parent()
+    settings, base, source, tokenizer = prepared(config)
+    return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
+
+
+def prepared(config: Config) -> tuple[Train, Path, Source, Any]:
+    """Settings, base, data and tokenizer of a live model's run. Raises UserError if they do not fit together."""
     settings = config.train.model_copy(update={"output": config.train.folder})
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
-    source = source_of(config, tokenizer)
-    return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
+    return settings, base, source_of(config, tokenizer), tokenizer
 
 
 def source_of(config: Config, tokenizer: Any) -> Source:

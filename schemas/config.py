@@ -145,6 +145,9 @@ class Train(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     dtype: Dtype = "bfloat16"
+    recompute: Literal["none", "full"] = Field(
+        default="none", description="full: layers keep their input alone and run again in the backward"
+    )
     dropout: bool = Field(default=False, description="train with the dropout that the model's own config names")
     checkpoint_every: int = Field(default=500, ge=1, description="steps")
     partial: bool = Field(default=False, description="train on a score dataset that is not finished")
@@ -152,7 +155,8 @@ class Train(Section):
         default=None, description="folder, on a local disk, for scores read from an object store; null: a temporary one"
     )
     cache_bytes: int = Field(default=20_000_000_000, ge=0, description="most that `cache` holds on a node")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest ones that are kept")
+    keep_every: int = Field(default=0, ge=0, description="checkpoints whose step it divides are kept for good; 0: none")
     evaluate_every: int = Field(default=0, ge=0, description="steps; 0: only at the start and the end")
 
     @model_validator(mode="after")

@@ -47,6 +47,10 @@ def open_model(
 def _load(folder: Path, field: str, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").exists():
         raise UserError(f"{field}: {folder} has no config.json, so it is not a model", "name a Hugging Face folder")
+    if any(folder.glob("rank-*.safetensors")):
+        raise UserError(
+            f"{field}: {folder} is a checkpoint of a training run", "`tokensift export` makes a model of it"
+        )
     layers = getattr(_text_config(folder, field), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise UserError(f"{field}: {folder}/config.json: num_hidden_layers: {layers} is no model's", "mend it")

@@ -347,6 +347,8 @@ def _start(score: Score) -> Cluster:
     local = score.address is None
     size: dict[str, Any] = {}
     if local:
+        # An idle Python for each CPU, of which actors, whose environment differs, would use none.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         size = {"num_cpus": score.workers * score.cpus_per_worker, "include_dashboard": False}
         size |= {} if score.gpus_per_worker else {"num_gpus": 0}
     start, keeper = time.monotonic(), Keeper(("gcs_server", "raylet"), LAST_WORDS) if local else None

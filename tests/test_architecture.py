@@ -76,6 +76,7 @@ def test_the_readmes_layout_names_every_folder() -> None:
         "docs/architecture.md",
         "docs/cluster.md",
         "docs/families.md",
+        "docs/object-stores.md",
         "docs/scale.md",
         "docs/storage.md",
     ],

@@ -1,7 +1,8 @@
-"""Checkpoints: a Hugging Face folder plus optimizer state, published by one rename, readable on any number of ranks.
+"""Checkpoints: a folder of the ranks' own rows, published by one rename, readable on any number of ranks.
 
-Weights are whole float32 safetensors that `AutoModelForCausalLM.from_pretrained` loads; the optimizer's moments are
-whole safetensors too. Nothing is pickled. `state.json` is sealed, and holds a hash of every file beside it.
+`rank-*.safetensors` hold weights and moments (`trainer.parts`); config and tokenizer lie beside them, so that
+`trainer.export` needs nothing else to make a Hugging Face folder. Nothing is pickled. `state.json` is sealed, and holds
+a hash of every file beside it. Checkpoints lie on a file system that all ranks share.
 """
 
 import shutil
@@ -9,28 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-
 from schemas.errors import UserError, first_line
 from schemas.fingerprint import difference
 from schemas.seal import seal, unseal
 from schemas.store import TEMPORARY_PREFIX, fsync_file, fsync_folder
-from trainer.live import Live
+from trainer.parts import hash_file
 from trainer.ranks import Ranks
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on the first rank alone
-EVERY_RANK = StateDictOptions(full_state_dict=True)
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+STATE, PARTS = "state.json", "rank-*.safetensors"
+FORMAT = 2  # 1: whole, `model.safetensors` and `optimizer.safetensors`
 FIX = "delete this checkpoint; training goes on from the one before it"
 
 
@@ -48,48 +36,36 @@ class State:
     origin: dict[str, Any]
 
 
-def save(
-    folder: Path, live: Live, tokenizer: Any, optimizer: torch.optim.Optimizer | None, state: State, ranks: Ranks
-) -> None:
-    """Write a checkpoint to `folder`; every rank must call, the first one writes.
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies below the run's `folder` of them."""
+    return folder / f"step-{step:07d}"
 
-    Host memory on the first rank, beside what training holds: gathered from GPUs or from several ranks, 4 bytes a
-    parameter for the weights, then, when they are written and gone, 8 for the moments; on one CPU nothing is copied.
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder is written before it has its name."""
+    return folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+
+
+def describe(partial: Path, model: Any, tokenizer: Any) -> None:
+    """Write config and tokenizer."""
+    model.config.save_pretrained(partial)
+    if model.can_generate():
+        model.generation_config.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+
+
+def publish(partial: Path, folder: Path, state: State, files: dict[str, str], renamed: bool) -> None:
+    """Seal a written folder, and give it its name once every byte and every name below it is on the disk.
+
+    `files`: hashes of those that are known and durable. `renamed`: the model's tensors have other names in memory than
+    in its family's files.
     """
-    partial = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
-    weights = get_model_state_dict(live, options=WHOLE)
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        _save_weights(partial, live, weights)
-    del weights
-    moments: Any = get_optimizer_state_dict(live, optimizer, options=WHOLE).get("state", {}) if optimizer else {}
-    if ranks.first:
-        if moments:
-            save_file(_flat(moments), partial / OPTIMIZER)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        files = {name: _hash(partial / name) for name in _files(partial)}
-        (partial / STATE).write_bytes(seal({"state": asdict(state), "files": files}))
-        _publish(partial, folder)
-    ranks.wait()
-
-
-def _save_weights(partial: Path, live: Live, weights: dict[str, Any]) -> None:
-    # Gathering copies a tied weight under each of its names; a Hugging Face folder holds it once.
-    once = {name for name, _ in live.model.named_parameters()}
-    tied = {name for name, _ in live.model.named_parameters(remove_duplicate=False)} - once
-    inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    live.model.save_pretrained(partial, state_dict={name: inner[name] for name in inner if name not in tied})
-
-
-def _flat(moments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    flat = {f"{name}|{key}": torch.as_tensor(moment[key]) for name, moment in moments.items() for key in MOMENTS}
-    return {name: tensor.contiguous() for name, tensor in flat.items()}
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Give a written checkpoint its name once every byte and every name below it is on the disk."""
-    for name in _files(partial):
+    others = [name for name in _files(partial) if name not in files]
+    files = files | {name: hash_file(partial / name) for name in others}
+    sealed = {"format": FORMAT, "state": asdict(state), "files": files, "renamed": renamed}
+    (partial / STATE).write_bytes(seal(sealed))
+    for name in (*others, STATE):
         fsync_file(partial / name)
     for inner in {partial, *(path for path in partial.rglob("*") if path.is_dir())}:
         fsync_folder(inner)
@@ -112,37 +88,46 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def load_state(folder: Path) -> State:
-    """The state of a checkpoint whose every file is as it was written. Raises UserError naming one that is not."""
+def load_state(folder: Path, ranks: Ranks | None = None) -> State:
+    """The state of a checkpoint whose every file is as it was written; ranks share the reading.
+
+    Raises UserError, on every rank, naming a file that is not.
+    """
+    content = read_sealed(folder)
+    found = _problem(folder, content["files"], ranks.rank if ranks else 0, ranks.world if ranks else 1)
+    for problem in ranks.every(found) if ranks else [found]:
+        if problem:
+            raise UserError(*problem)
+    return State(**content["state"])
+
+
+def read_sealed(folder: Path) -> dict[str, Any]:
+    """What `state.json` says, `files` and `renamed` too. Raises UserError if it is damaged or of another format."""
     path = folder / STATE
     try:
         content = unseal(path.read_bytes())
-        state, files = State(**content["state"]), dict(content["files"])
+        State(**content["state"])
+        dict(content["files"])
+        number = content.get("format", 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged, or of another version of tokensift ({first_line(error)})", FIX) from error
-    found = {*_files(folder)} - {STATE}
-    for name in sorted(files.keys() | found):
-        if name not in found:
-            raise UserError(f"{folder / name}: missing", FIX)
+    if number != FORMAT:
+        fix = "finish the run with the release that began it, or give the run another name (train.run)"
+        raise UserError(f"{path}: of format {number}; this release reads {FORMAT}", fix)
+    return content
+
+
+def _problem(folder: Path, files: dict[str, str], rank: int, world: int) -> tuple[str, str] | None:
+    """What is wrong with a checkpoint's files, the way on with it; a rank hashes its share of them."""
+    present = {*_files(folder)} - {STATE}
+    for number, name in enumerate(sorted(files.keys() | present)):
+        if name not in present:
+            return f"{folder / name}: missing", FIX
         if name not in files:
-            raise UserError(f"{folder / name}: not one of the checkpoint's own files", "move it elsewhere")
-        if _hash(folder / name) != files[name]:
-            raise UserError(f"{folder / name}: not the bytes that were written", FIX)
-    return state
-
-
-def load_optimizer(folder: Path, live: Live, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the moments, whatever number of ranks they were saved on."""
-    state: dict[str, Any] = {}
-    try:
-        for name, tensor in load_file(folder / OPTIMIZER).items():
-            parameter, key = name.rsplit("|", 1)
-            state.setdefault(parameter, {})[key] = tensor
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / OPTIMIZER}: cannot be read ({first_line(error)})", FIX) from error
-    # Hyper-parameters come from the config; only the moments are state.
-    groups: Any = get_optimizer_state_dict(live, optimizer, options=EVERY_RANK)["param_groups"]
-    set_optimizer_state_dict(live, optimizer, {"state": state, "param_groups": groups}, options=EVERY_RANK)
+            return f"{folder / name}: not one of the checkpoint's own files", "move it elsewhere"
+        if number % world == rank and hash_file(folder / name) != files[name]:
+            return f"{folder / name}: not the bytes that were written", FIX
+    return None
 
 
 def newest(folder: Path) -> Path | None:
@@ -151,11 +136,10 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def prune(folder: Path, keep: int, ranks: Ranks) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed run left half written."""
-    if not ranks.first:
-        return
-    for path in sorted(folder.glob("step-*"))[:-keep]:
+def prune(folder: Path, keep: int, every: int = 0) -> None:
+    """Delete all but the newest `keep` checkpoints and those of steps that `every` divides, and what is half written."""
+    passing = [path for path in sorted(folder.glob("step-*")) if not every or int(path.name[5:]) % every]
+    for path in passing[:-keep]:
         _delete(path)
     remove_unfinished(folder)
 
@@ -186,12 +170,3 @@ def remove_unfinished(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-def _hash(path: Path) -> str:
-    """xxh3-128 of a file's bytes: against damage, not against forgery, and as fast as the disk."""
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            hasher.update(block)
-    return hasher.hexdigest()

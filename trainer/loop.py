@@ -21,11 +21,14 @@ from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.choice import chooser, masks_ahead, require_columns
 from trainer.data import Source
-from trainer.live import Live, parallelize
+from trainer.export import export
+from trainer.live import Live, parallelize, recompute
 from trainer.metrics import Log, StepStats
 from trainer.mixture import Mixture
 from trainer.optimizer import adamw, learning_rate
+from trainer.parts import Parts, fill
 from trainer.ranks import Ranks
+from trainer.saver import Saver
 from trainer.selection import Selection
 from trainer.stream import Geometry, Order, Step, prefetched, steps
 
@@ -35,13 +38,15 @@ FREE_SETTINGS = {
     "run",
     "scores",
     "mixture",
-    "partial",
-    "micro_rows",
-    "cache",
-    "cache_bytes",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
     "evaluate_every",
+    "micro_rows",
+    "partial",
+    "cache",
+    "cache_bytes",
+    "recompute",  # the same bits: tests/trainer/test_live.py
 }
 VERSIONS = ("torch", "transformers", "numpy")  # numpy draws the order
 CHECKPOINTS = "checkpoints"
@@ -83,12 +88,7 @@ def train(run: Run) -> Path:
 def _train(run: Run, final: Path) -> Path:
     require_columns(run.config.objective, run.source)
     origin = run.ranks.share(origin_of(run) if run.ranks.first else {})
-    saved = final if final.exists() else checkpoint.newest(run.config.output / CHECKPOINTS)
-    state = State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin)
-    if saved:
-        state = checkpoint.load_state(saved)
-        checkpoint.refuse_changes(saved, state, origin)
-        state = replace(state, origin=origin)
+    saved, state = found(run, origin, run.ranks)
     if saved == final:
         return final
     live, optimizer = build(run, saved)
@@ -105,14 +105,33 @@ def _train(run: Run, final: Path) -> Path:
         columns=run.selection.columns,
         skip=run.config.skip,
     )
-    with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop:
-        state = loop(run, live, optimizer, stream, geometry, state, log, stop)
-    if not run.config.evaluate_every or state.step % run.config.evaluate_every:
-        evaluate(run, live, log, state)
-    checkpoint.save(final, live, run.tokenizer, None, state, run.ranks)
+    folder = run.config.output / CHECKPOINTS
+    saver = Saver(folder, live, run.tokenizer, optimizer, run.config, run.ranks, state.step)
+    with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop, saver:
+        state = loop(run, live, optimizer, stream, geometry, state, log, stop, saver)
+        if not run.config.evaluate_every or state.step % run.config.evaluate_every:
+            evaluate(run, live, log, state)
+        save(saver, log, state)
+    if run.ranks.first:
+        export(checkpoint.folder_of(folder, state.step), final)
+    run.ranks.wait()
     if log:
         log.close()
     return final
+
+
+def found(run: Run, origin: dict[str, Any], ranks: Ranks | None = None) -> tuple[Path | None, State]:
+    """What there is of a run: its final model, else its newest checkpoint, else nothing; and the state to go on from.
+
+    Raises UserError if it is damaged, or was made from something else than `origin`. `ranks` share the reading.
+    """
+    final = run.config.output / "final"
+    saved = final if final.exists() else checkpoint.newest(run.config.output / CHECKPOINTS)
+    if not saved:
+        return None, State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin)
+    state = checkpoint.load_state(saved, ranks)
+    checkpoint.refuse_changes(saved, state, origin)
+    return saved, replace(state, origin=origin)
 
 
 def loop(
@@ -124,6 +143,7 @@ def loop(
     state: State,
     log: Log | None,
     stop: "Stop",
+    saver: Saver,
 ) -> State:
     """Steps until the run is done; returns the last state. Raises Stopped, with a checkpoint saved, if asked to."""
     config = run.config
@@ -141,16 +161,21 @@ def loop(
         run.report(row, progress(run, state.step, state.position, geometry))
         if config.evaluate_every and state.step % config.evaluate_every == 0:
             evaluate(run, live, log, state)
-        status = run.ranks.greatest(stop.status)
+        status = run.ranks.greatest(stop.status or saver.failed)  # all ranks leave at the same step
         if status or state.step % config.checkpoint_every == 0:
-            if log:
-                log.sync()
-            folder = config.output / CHECKPOINTS
-            checkpoint.save(folder / f"step-{state.step:07d}", live, run.tokenizer, optimizer, state, run.ranks)
-            checkpoint.prune(folder, config.keep_checkpoints, run.ranks)
+            save(saver, log, state)
         if status:
+            saver.wait()
             raise Stopped(status, state.step)
     return state
+
+
+def save(saver: Saver, log: Log | None, state: State) -> None:
+    """Begin to write a checkpoint, if the step has none; the rows of metrics before it are durable first."""
+    if saver.last != state.step:
+        if log:
+            log.sync()
+        saver.save(state)
 
 
 def optimize(
@@ -190,17 +215,19 @@ def optimize(
 def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
     """The live model on its device, sharded if there are several ranks, and its optimizer."""
     opened = open_model(
-        saved or run.base,
-        "checkpoint" if saved else "base",
+        run.base,
+        "base",
         run.context.window,
         compute=getattr(torch, run.config.dtype),
         device=run.ranks.device,
         dropout=run.config.dropout,
     )
+    if run.config.recompute == "full":
+        recompute(opened.module)
     live = parallelize(Live(opened), run.ranks.world)
     optimizer = adamw(live.parameters(), run.config)
     if saved:
-        checkpoint.load_optimizer(saved, live, optimizer)
+        fill(Parts(saved), live, optimizer)
     return live, optimizer
 
 

@@ -64,12 +64,15 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] < step or (row["step"] == step and step > 0)]
+        self.kept = {(row["kind"], row["step"]) for row in kept if row["step"] == step}
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Add one row."""
+        """Add one row, unless it is there from before a crash."""
+        if (kind, step) in self.kept:
+            return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.file.flush()
         for name, value in values.items():

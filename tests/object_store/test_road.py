@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from pipeline.inspect import inspect
@@ -141,6 +142,16 @@ def test_two_workers_on_the_same_units_at_once_harm_nothing(whole: Config, far: 
     assert all(stored[unit] in [found.get(unit) for found in receipts] for unit in stored)
 
 
+def test_a_unit_costs_six_requests_beside_its_input(far: Config, proxy: Proxy) -> None:
+    """docs/object-stores.md names them."""
+    worker, todo = units(far)
+    one, after, *_ = (unit for unit in todo if "part-2" in unit.name)
+    worker.score(one)
+    proxy.trouble(0)
+    assert not worker.score(after).quarantined
+    assert proxy.requests == {"HEAD": 1, "PUT": 2, "GET": 2, "POST": 1}
+
+
 def killed(path: Path, seed: int, kills: int) -> list[str]:
     """A scoring process killed so many times, then left to finish; what came of each attempt."""
     command = [sys.executable, "-m", "tests.object_store.killed", str(path), str(seed), str(kills)]
@@ -207,3 +218,44 @@ def test_jobs_killed_on_the_way_lose_nothing_and_two_at_once_are_one(
     assert objects(layout.root) == outputs(whole.score.output)
     assert without_times(layout) == without_times(Layout(whole.score.output))
     assert verify(layout.root, progress=False) == [] and not layout.store.exists(".lock")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_demos_road_with_corpus_and_scores_in_a_bucket_gives_the_weights_of_a_folders(
+    root: Url, proxy: Proxy, tmp_path: Path
+) -> None:
+    """A twentieth of the demo's text: every verb as a real process, on real Ray, through faults."""
+    raw = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    for train in (raw["train"], raw["reference"]["train"]):
+        train |= {"evaluate_every": 0, "epochs": 0.4}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(raw))
+
+    def tokensift(verb: str, *settings: str, arguments: tuple[str, ...] = ()) -> None:
+        command = [sys.executable, "-m", "pipeline.cli", verb, *arguments]
+        command += [] if verb == "verify" else ["-c", "demo.yaml"]
+        for setting in settings:
+            command += ["-s", setting]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
+        assert ended.returncode == 0, (verb, ended.stdout + ended.stderr)
+
+    tokensift("data", arguments=("--scale", "0.05"))
+    tokensift("base")
+    tokensift("reference")
+    demo, scores = tmp_path / "runs" / "demo", root / "scores"
+    upload(demo / "data" / "corpus", root / "corpus")
+    tokensift("score")
+    tokensift("train")
+    proxy.trouble(0.1, seed=11)
+    corpus = f"corpus.paths=['{root}/corpus/*.jsonl.zst', '{root}/corpus/*.parquet']"
+    there = (corpus, f"score.output={scores}", "train.run=far", f"train.cache={tmp_path / 'cache'}")
+    tokensift("score", *there)
+    tokensift("train", *there)
+    tokensift("verify", arguments=(str(scores),))
+    requests, faults = sum(proxy.requests.values()), sum(proxy.faults.values())
+    assert objects(scores) == outputs(demo / "scores")
+    assert without_times(Layout(scores)) == without_times(Layout(demo / "scores"))
+    here, far_ = (demo / "train" / run / "final" / "model.safetensors" for run in ("slm", "far"))
+    assert here.read_bytes() == far_.read_bytes()
+    print(f"{requests} requests, {faults} faults, nothing lost, nothing different")

@@ -62,6 +62,7 @@ def test_every_make_target_the_readme_names_is_explained_by_make_help() -> None:
         (("train", "--set", "score.output=nowhere"), ("nowhere", "make score")),
         (("train", "--objective", "best"), ("train.objective", "slm")),
         (("score", "--set", "score.model=./nowhere"), ("./nowhere", "make reference")),
+        (("export", "nowhere", "there"), ("nowhere", "checkpoints/step-")),
         (("inspect", "nowhere"), ("nowhere",)),
         (("verify", "nowhere"), ("nowhere",)),
         (("status", "nowhere"), ("nowhere", "make score")),

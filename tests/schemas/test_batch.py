@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.batch import IGNORE, RowFiller, best_fit, collate, one_a_row
+from schemas.batch import IGNORE, RowFiller, batches, best_fit, collate, one_a_row, renumbered
 
 ROW = 24
 LENGTHS = st.lists(st.integers(1, ROW), max_size=40)
@@ -71,6 +71,35 @@ def test_every_token_but_a_windows_first_is_predicted_exactly_once_from_its_own_
     assert torch.equal(packed.positions[rows, columns] + 1, packed.positions[rows, columns + 1])
 
 
+@given(LENGTHS.filter(len), st.integers(0, 5))
+def test_bounds_cut_the_rows_into_the_windows_and_the_paddings(lengths: list[int], wider: int) -> None:
+    windows = make_windows(lengths)
+    packed = collate(windows, best_fit(lengths, ROW), ROW + wider)
+    pieces = [piece.tolist() for piece in torch.tensor_split(packed.ids.flatten(), packed.bounds[1:-1].tolist())]
+    assert packed.bounds.dtype == torch.int32 and packed.bounds[[0, -1]].tolist() == [0, packed.ids.numel()]
+    assert sorted(piece for piece in pieces if any(piece)) == sorted(window.tolist() for window in windows)
+    assert all(0 < len(piece) <= packed.longest for piece in pieces)
+    assert packed.longest.bit_count() == 1 and packed.longest < 2 * max(len(piece) for piece in pieces)
+    assert torch.equal(packed.predicted, torch.nonzero(packed.targets.flatten() != IGNORE).flatten())
+
+
+@given(LENGTHS, st.integers(1, 4 * ROW))
+def test_a_batch_takes_the_rows_in_order_while_they_fit_padded_to_the_longest(lengths: list[int], most: int) -> None:
+    rows = best_fit(lengths, ROW)
+    found = batches(rows, lengths, most)
+    assert [row for batch in found for row in batch] == rows
+
+    def padded(batch: list[list[int]]) -> int:
+        return len(batch) * max(sum(lengths[index] for index in row) for row in batch)
+
+    assert all(len(batch) == 1 or padded(batch) <= most for batch in found)
+    assert all(padded([*batch, after[0]]) > most for batch, after in zip(found, found[1:], strict=False))
+
+
+def test_rows_numbered_anew_hold_the_windows_in_the_order_they_stand_in() -> None:
+    assert renumbered([[4, 0], [], [2, 7, 1]]) == [[0, 1], [], [2, 3, 4]]
+
+
 @given(LENGTHS)
 def test_transformers_reads_each_window_as_a_sequence_of_its_own_off_the_positions(lengths: list[int]) -> None:
     from transformers.masking_utils import find_packed_sequence_indices
@@ -134,6 +163,7 @@ def test_rows_of_one_window_stand_longest_first_and_equal_ones_in_their_order() 
 def test_a_batch_moves_whole() -> None:
     batch = collate([np.arange(1, 4), np.arange(5, 7)], [[0, 1]], 8)
     moved = batch.to("meta")
-    assert {tensor.device.type for tensor in (moved.ids, moved.positions, moved.targets, moved.owner)} == {"meta"}
+    tensors = (moved.ids, moved.positions, moved.targets, moved.owner, moved.bounds, moved.predicted)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.places == batch.places and moved.lengths == [3, 2]
     assert torch.equal(batch.to("cpu").owner, batch.owner)

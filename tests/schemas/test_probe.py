@@ -143,6 +143,35 @@ def test_the_probe_is_as_long_as_a_window_where_the_config_names_a_length_that_w
     assert probe_length(SimpleNamespace(to_dict=lambda: limits), 1000) == longest
 
 
+@pytest.mark.parametrize(
+    ("window", "lengths"), [(40, [40, 2, 5, 10, 20]), (1000, [64, 2, 4, 8, 16, 32]), (5, [5, 2, 2]), (2, [2, 2, 2])]
+)
+def test_probe_windows_halve_from_the_longest_down_to_two_and_hold_tokens_beyond_the_special_ones(
+    window: int, lengths: list[int]
+) -> None:
+    toy, seen = Toy(by_window), list[torch.Tensor]()
+    forward = toy.forward
+
+    def watched(input_ids: torch.Tensor, use_cache: bool, position_ids: torch.Tensor | None = None) -> Any:
+        seen.append(input_ids[0])
+        return forward(input_ids, use_cache, position_ids)
+
+    toy.forward = watched
+    prove(toy, torch.float32, window, "base")
+    windows = seen[1 : 1 + len(lengths)]  # the first call looks at the head
+    assert [len(ids) for ids in windows] == lengths
+    assert all(int(ids.min()) >= 8 and int(ids.max()) < VOCABULARY for ids in windows)
+    assert len(set(torch.cat(windows).tolist())) > min(12, sum(lengths) // 2)
+
+
+def test_losses_that_are_finite_alone_and_not_in_shared_rows_keep_windows_alone() -> None:
+    def broken(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        restarted = (positions == 0).sum(1) > 1
+        return torch.where(restarted[:, None, None], torch.nan, causal(columns, positions).float())
+
+    assert open_toy(broken).isolation == "alone"
+
+
 def test_a_short_window_is_probed_whole() -> None:
     assert probe_length(LlamaConfig(), 40) == 40
 

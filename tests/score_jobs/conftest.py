@@ -95,11 +95,10 @@ def start() -> Iterator[Callable[..., Job]]:
 
 @pytest.fixture
 def world(tmp_path: Path, corpus_folder: Path, make_config: Callable, write_config: Callable) -> tuple[Config, Path]:
-    """A corpus of its own, a config over it, and that config as a file; two workers, small batches."""
+    """A corpus of its own, a config over it, and that config as a file; small batches."""
     corpus = tmp_path / "corpus"
     shutil.copytree(corpus_folder, corpus)
     config = make_config(tmp_path, {"corpus.paths": [str(corpus / "part-*")], "score.batch_tokens": 64})
-    config = config.model_copy(update={"score": config.score.model_copy(update={"workers": 2})})
     return config, write_config(config, tmp_path / "config.yaml")
 
 

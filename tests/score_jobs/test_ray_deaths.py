@@ -100,7 +100,7 @@ def test_a_stopped_worker_is_given_up_after_its_deadline_and_its_unit_is_scored_
     world: tuple[Config, Path], whole: dict[str, bytes], start: Callable[..., Job]
 ) -> None:
     config, path = world
-    job = start(path, "score.unit_timeout_seconds=5", "score.workers=1", "score.attempts=9")
+    job = start(path, "score.unit_timeout_seconds=10", "score.attempts=99")
     job.until(lambda: len(receipts(config)) >= 1)
     victim = workers(job)[0]
     victim.send_signal(signal.SIGSTOP)
@@ -205,7 +205,7 @@ def test_a_killed_node_of_two_costs_its_units_and_a_node_that_joins_takes_over(
 ) -> None:
     config, path = world
     cluster.tell("add", "first")
-    job = start(path, f"score.address={cluster.address}")
+    job = start(path, f"score.address={cluster.address}", "score.workers=2")
     job.until(lambda: len(receipts(config)) >= 1)
     cluster.tell("remove", "first")
     cluster.tell("add", "second")

@@ -15,13 +15,15 @@ from schemas.config import Config
 from tests.helpers import PATIENCE_SECONDS, edit_sealed
 from tests.score_jobs.conftest import ROOT, Job, committed, everything, outputs, receipts
 
+TWO_WORKERS = "score.workers=2"
+
 
 @pytest.mark.parametrize(("whom", "after"), [("group", 0), ("group", 3), ("driver", 2)])
 def test_law_1_and_2_a_killed_job_resumes_to_the_bytes_of_an_uninterrupted_one(
     world: tuple[Config, Path], whole: dict[str, bytes], start: Callable[..., Job], whom: str, after: int
 ) -> None:
     config, path = world
-    first = start(path)
+    first = start(path, TWO_WORKERS)
     first.until(lambda: (config.score.output / "dataset.json").exists() and len(receipts(config)) >= after)
     first.watch()
     if whom == "group":
@@ -63,7 +65,7 @@ def test_law_4_a_killed_worker_costs_its_unit_in_flight_and_the_job_finishes(
     world: tuple[Config, Path], whole: dict[str, bytes], start: Callable[..., Job]
 ) -> None:
     config, path = world
-    job = start(path)
+    job = start(path, TWO_WORKERS)
 
     def workers() -> list[psutil.Process]:
         found = []

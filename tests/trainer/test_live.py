@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from schemas.batch import IGNORE, collate
 from schemas.forward import decoder_layers, forward
 from schemas.probe import prove
-from trainer.live import Live, choose_none, parallelize
+from trainer.live import Live, choose_none, parallelize, recompute
 
 SHAPE = {
     "vocab_size": 40,
@@ -99,6 +99,25 @@ def test_a_linear_head_multiplies_in_the_dtype_of_the_run_and_adds_up_in_float32
 def test_evaluation_chooses_nothing():
     judged = Live(opened())(batch_of_windows(), choose_none)
     assert judged.mask.dtype == torch.bool and not judged.mask.any() and judged.loss_sum == 0
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_layers_that_run_again_in_the_backward_keep_their_input_alone_and_change_no_bit(compute):
+    gradients, kept = [], []
+    for again in (False, True):
+        live = Live(opened(compute=compute))
+        if again:
+            recompute(live.model)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.append(t.nbytes), t)[1], lambda t: t
+        ):
+            judged = live(batch_of_windows(), choose_some)
+        judged.loss_sum.backward()
+        gradients.append([parameter.grad for parameter in live.parameters()])
+        kept.append(sum(sizes))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert kept[1] < 0.5 * kept[0]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from schemas.config import Config
 from schemas.errors import first_line
 from score_jobs.job import Outcome, score
 from score_jobs.progress import Progress
+from score_jobs.rate import outside_forward
 
 if TYPE_CHECKING:
     from score_jobs.estimate import Estimate
@@ -45,7 +46,7 @@ def score_with_progress(config: Config, limit: int | None = None) -> int:
     say(
         f"scores: {summary['tokens']:,} tokens of {summary['documents']:,} documents in {summary['units']} units,"
         f" mean {summary['mean_loss']:.3f} nats/token, {summary['quarantined']} quarantined;"
-        f" {outcome.new_tokens:,} tokens scored now in {summary['seconds']:.1f} s",
+        f" {outcome.new_tokens:,} tokens scored now in {summary['seconds']:.1f} s{_waiting(summary)}",
         aside=view.json,
     )
     for line in outcome.missing:
@@ -53,6 +54,11 @@ def score_with_progress(config: Config, limit: int | None = None) -> int:
     if outcome.left:
         say(f"limited: {outcome.left} units are left; run `make score` again, it does the rest", aside=view.json)
     return len(outcome.missing)
+
+
+def _waiting(summary: dict[str, Any]) -> str:
+    share = summary["outside_forward"]
+    return "" if share is None else f"; of the workers' time {share:.1%} outside the forward"
 
 
 def dry_run(config: Config, rate: bool) -> None:
@@ -102,6 +108,7 @@ def summarise(outcome: Outcome, seconds: float) -> dict[str, Any]:
         "mean_loss": sum(item.loss_sum for item in receipts) / max(count, 1),
         "new_tokens": outcome.new_tokens,
         "seconds": round(seconds, 1),
+        "outside_forward": outside_forward(item.seconds for item in receipts),
         "units_left": outcome.left,
         "missing": outcome.missing,
     }
@@ -137,6 +144,7 @@ def describe(figures: dict[str, Any]) -> str:
         f"{workers} worker{'s' * (workers != 1)}, {figures['in_flight']} in flight",
     ]
     parts += [f"{share:.0%} of matmul peak"] if share is not None else []
+    parts += [f"{figures['outside_forward']:.0%} outside the forward"] if figures["outside_forward"] else []
     parts += [f"{figures['quarantined']:,} quarantined"] if figures["quarantined"] else []
     parts += [f"{retries} retr{'y' if retries == 1 else 'ies'}"] if retries else []
     return " · ".join(parts)

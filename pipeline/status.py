@@ -22,12 +22,11 @@ from schemas.receipt import Layout, read_complete, read_dataset
 from score_jobs.plan import Unit, known_units
 from score_jobs.progress import matmul_flops
 from score_jobs.quarantine import read_reasons
-from score_jobs.rate import Done, active_seconds, recent_rate
+from score_jobs.rate import Done, active_seconds, busy_seconds, outside_forward, recent_rate
 
 RECENT_SECONDS = 300.0
 READERS, READ_TOGETHER = 16, 64  # receipts of an object store take a round trip each
 MOST_QUARANTINE_FILES = 1000
-PHASES = ("read", "score", "write")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class Look:
     @property
     def worker_seconds(self) -> float:
         """How long a worker was busy with it."""
-        return sum(self.seconds.get(phase, 0.0) for phase in PHASES)
+        return busy_seconds(self.seconds)
 
 
 def status(layout: Layout) -> dict[str, Any]:
@@ -155,6 +154,7 @@ def _speed(looks: list[Look], units: list[Unit] | None, running: bool | None) ->
         "mean_tokens_per_second": round(mean, 1) if mean else None,
         "tokens_per_worker_second": round(tokens / busy, 1) if busy else None,
         "matmul_share": round(sum(pair[0] for pair in flops) / possible, 4) if possible else None,
+        "outside_forward": outside_forward(look.seconds for look in looks),
     }
 
 
@@ -222,6 +222,7 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
     said = [f"{found[name]:,.0f} {words}" for name, words in speeds if found[name]]
     said += [f"{found['matmul_share']:.1%} of the matmul peak"] if found["matmul_share"] else []
+    said += [f"{found['outside_forward']:.1%} of the time outside the forward"] if found["outside_forward"] else []
     yield "speed", ", ".join(said) or "unknown: these receipts hold no times"
     if found["seconds_left"] and not found["complete"]:
         yield "left", f"{timedelta(seconds=round(found['seconds_left']))} of scoring"

@@ -9,6 +9,7 @@ it really keeps windows apart is proven when the model is opened (`schemas.probe
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +19,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # not in every build of torch
+    varlen_attn: Any = None
+else:
+    varlen_attn = varlen.varlen_attn
+
 NAME = "tokensift_varlen"
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of the one that takes boundaries
 # What a family may ask of its attention beyond ours; the probe then finds another way for it.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+SHARES_HEADS = varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
 _bounded: ContextVar[bool] = ContextVar("bounded", default=False)
 
 
@@ -78,7 +87,7 @@ def attend(
         raise ValueError(f"attention by boundaries does not do {asked or 'masks'}")
     rows, heads, row_tokens, _ = query.shape
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    if query.is_cuda and query.dtype in KERNEL_DTYPES and not dropout:
+    if varlen_attn and query.is_cuda and query.dtype in KERNEL_DTYPES and not dropout:
         found = _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     elif torch.is_grad_enabled() or dropout:
         found = _uncompiled(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window)
@@ -97,20 +106,14 @@ def _by_kernel(
     sliding_window: int | None,
 ) -> torch.Tensor:
     """[tokens, heads, d] each; one call for all windows."""
-    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
-
-    return varlen_attn(
-        query,
-        key,
-        value,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(sliding_window - 1 if sliding_window else -1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # type: ignore[return-value]
+    groups: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if SHARES_HEADS:
+            groups["enable_gqa"] = True
+        else:  # torch 2.11
+            key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    window = (sliding_window - 1 if sliding_window else -1, 0)  # tokens before a token's own, none after it
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, **groups)
 
 
 def _window_by_window(

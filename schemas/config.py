@@ -144,6 +144,9 @@ class Train(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    skip_spikes: float | None = Field(
+        default=None, gt=1, description="steps whose gradient norm is over so many times the median of 64 are not taken"
+    )
     dtype: Dtype = "bfloat16"
     recompute: Literal["none", "full"] = Field(
         default="none", description="full: layers keep their input alone and run again in the backward"

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
@@ -31,6 +31,7 @@ from schemas.fingerprint import arithmetic
 from schemas.receipt import Canary, Receipt
 from score_jobs.inputs import ShardError
 from score_jobs.keeper import Keeper
+from score_jobs.overlap import UNITS_AT_A_TIME, OverlappedWorker
 from score_jobs.plan import Unit
 from score_jobs.queue import UnitQueue
 from score_jobs.survey import Surveyed, survey_or_error
@@ -47,28 +48,46 @@ CONNECT_SECONDS = 20.0
 SURVEYS_PER_CPU = 2  # the second waits on its node while the first is read
 SILENCE_SECONDS = 30.0  # without a word from the cluster; Ray itself aborts the driver after 60
 Result = TypeVar("Result")
+START = "a worker's start"
 GO_ON = "what is scored stays: run `make score` again, it does the rest"
 LAST_WORDS = f"error: the job was killed, or Ray ended it; {GO_ON}"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What an actor is doing: scoring `unit`, or getting ready (None), since `started` (monotonic seconds)."""
+@dataclass(eq=False, slots=True)
+class Member:
+    """An actor and what it was asked for, oldest first: units, or to get ready (None).
+
+    `heard`: monotonic seconds of its last answer, or of the call before which it had nothing to do. One that is
+    `leaving` failed at a unit: it ends what it began before that, and gets no more.
+    """
 
     actor: Any
-    unit: Unit | None
-    started: float
+    heard: float
+    calls: dict[ray.ObjectRef[Any], Unit | None] = field(default_factory=dict)
+    ready: bool = False
+    leaving: bool = False
+
+    @property
+    def units(self) -> list[Unit]:
+        """What it has to score."""
+        return [unit for unit in self.calls.values() if unit]
 
 
 class Pool:
-    """Keeps `score.workers` actors busy; a dead or hanging one is replaced and its unit goes back to the queue."""
+    """Keeps `score.workers` actors busy; a dead or hanging one is replaced and its units go back to the queue.
+
+    An actor has two units, so that one is read or written while the other is computed. A unit that was not scored at the
+    first attempt is tried again alone: only then is the death of its worker its own fault.
+    """
 
     def __init__(self, job: Job, units: list[Unit], canaries: list[Canary]):
         """`canaries`: tokens and losses that each actor must reproduce before it scores; empty for a new dataset."""
         self.job, self.canaries = job, canaries
         self.queue = UnitQueue(units)
+        self.members: list[Member] = []
+        self.calls: dict[ray.ObjectRef[Any], Member] = {}
         self.failures: Counter[str] = Counter()
-        self.calls: dict[ray.ObjectRef[Any], Call] = {}
+        self.retries = 0  # attempts that failed so far, of units and of workers' starts
         self.slowest = 0.0  # seconds a byte of input
         self.missing: list[str] = []
         self.stop = threading.Event()
@@ -87,31 +106,29 @@ class Pool:
         _refuse_what_no_node_has(self.job.score)
         for _ in range(min(self.job.score.workers, len(self.queue))):
             self._start_actor()
+        looked = time.monotonic()
         # A worker that is still getting ready when all is scored is waited for no longer.
-        while (self.queue or any(call.unit for call in self.calls.values())) and not self.stop.is_set():
-            ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=POLL_SECONDS)
-            for reference in ready:
-                self._settle(reference, self.calls.pop(reference), finished)
-            self._end_what_hangs()
-            starting = [call.started for call in self.calls.values() if call.unit is None]
+        while (self.queue or self.in_flight) and not self.stop.is_set():
+            for reference in ray.wait(list(self.calls), num_returns=1, timeout=POLL_SECONDS)[0]:
+                self._settle(reference, finished)
+            if time.monotonic() - looked >= POLL_SECONDS:
+                looked = time.monotonic()
+                for member in list(self.members):
+                    self._look_after(member)
+            starting = [member.heard for member in self.members if not member.ready]
             slow = starting and time.monotonic() - min(starting) > SLOW_START_SECONDS
-            waited(self._wants if slow and len(starting) == len(self.calls) else self.note)
+            waited(self._wants if slow and len(starting) == len(self.members) else self.note)
         return self.missing
 
     @property
     def workers(self) -> int:
         """Actors that live and are ready."""
-        return len({id(call.actor) for call in self.calls.values() if call.unit})
+        return sum(member.ready for member in self.members)
 
     @property
     def in_flight(self) -> int:
         """Units that actors have now."""
-        return sum(call.unit is not None for call in self.calls.values())
-
-    @property
-    def retries(self) -> int:
-        """Attempts that failed so far, of units and of workers' starts."""
-        return sum(self.failures.values())
+        return sum(len(member.calls) for member in self.members if member.ready)
 
     @property
     def _wants(self) -> str:
@@ -124,63 +141,109 @@ class Pool:
             "num_cpus": score.cpus_per_worker,
             "num_gpus": score.gpus_per_worker,
             "max_restarts": 0,
+            "max_concurrency": UNITS_AT_A_TIME,
             "runtime_env": _runtime_env(score),
         }
-        actor: Any = ray.remote(Actor).options(**options).remote(self.job)
-        self.calls[actor.get_ready.remote(self.canaries)] = Call(actor=actor, unit=None, started=time.monotonic())
+        member = Member(ray.remote(Actor).options(**options).remote(self.job), heard=time.monotonic())
+        self.members.append(member)
+        self._ask(member, member.actor.get_ready.remote(self.canaries), None)
 
-    def _settle(self, reference: Any, call: Call, finished: Callable[[Unit, Receipt], None]) -> None:
-        """Take what a call gave, and give its actor the next unit."""
+    def _ask(self, member: Member, call: Any, unit: Unit | None) -> None:
+        if not member.calls:
+            member.heard = time.monotonic()
+        member.calls[call], self.calls[call] = unit, member
+
+    def _settle(self, reference: Any, finished: Callable[[Unit, Receipt], None]) -> None:
+        """Take what a call gave, and give its member the next unit."""
+        member = self.calls[reference]
+        unit = member.calls[reference]
         try:
             result: Any = ray.get(reference)
         except RayTaskError as error:
             cause: Any = error.cause
             if isinstance(cause, UserError) and not isinstance(cause, Unreachable):
                 raise cause from None
-            if call.unit and isinstance(cause, ShardError):
-                self.missing.append(f"{call.unit.name}: {cause}")
-            else:  # an engine that failed once may be poisoned: the next attempt gets a fresh process
-                return self._replace(call, f"{type(cause).__name__}: {first_line(cause)}")
+            if not (unit and isinstance(cause, ShardError)):
+                # An engine that failed once may be poisoned: what comes after it gets a fresh process.
+                return self._fail(member, reference, f"{type(cause).__name__}: {first_line(cause)}")
+            self.missing.append(f"{unit.name}: {cause}")
         except RayError as error:
-            return self._replace(call, first_line(error))
+            return self._lose(member, first_line(error))
         else:
-            if call.unit is None:
+            if unit is None:
                 self._check_drift(result)
-                self.note = "score"
+                member.ready, self.note = True, "score"
             else:
-                rate = (time.monotonic() - call.started) / max(1, call.unit.input_bytes)
-                self.slowest = max(self.slowest, rate)
-                finished(call.unit, result)
-        if self.queue:
-            unit = self.queue.take(call.actor)
-            self.calls[call.actor.score.remote(unit)] = Call(actor=call.actor, unit=unit, started=time.monotonic())
-        else:
-            ray.kill(call.actor)
+                self.slowest = max(self.slowest, (time.monotonic() - member.heard) / max(1, unit.input_bytes))
+                finished(unit, result)
+        del self.calls[reference], member.calls[reference]
+        member.heard = time.monotonic()
+        self._feed(member)
 
-    def _replace(self, call: Call, reason: str) -> None:
-        """Another actor for one that failed; its unit is tried again until `score.attempts` are used up."""
-        with suppress(RayError):
-            ray.kill(call.actor)
-        name = call.unit.name if call.unit else "a worker's start"
-        self.failures[name] += 1
-        again = self.failures[name] < self.job.score.attempts
-        self.queue.leave(call.actor, call.unit if again else None)
-        if again:
+    def _feed(self, member: Member) -> None:
+        """Give a member a unit if it should have one more, or let it go if there is none.
+
+        The last units are for whoever has nothing to do first, and those to be scored alone come when no others are left.
+        """
+        another = len(member.calls) < UNITS_AT_A_TIME and self.queue.in_runs >= len(self.members)
+        if not member.calls and (member.leaving or not self.queue):
+            self._dismiss(member)
+        elif not member.leaving and (another or not member.calls):
+            unit = self.queue.take(member)
+            self._ask(member, member.actor.score.remote(unit), unit)
+
+    def _look_after(self, member: Member) -> None:
+        """Replace a member that has not answered for longer than it may; see that the others have enough to do."""
+        limit = self._unit_seconds(member.units[0]) if member.ready else START_SECONDS
+        if time.monotonic() - member.heard > limit:
+            self._lose(member, f"no answer for {limit:,.0f} s (score.unit_timeout_seconds)")
+        elif member.ready:
+            self._feed(member)
+
+    def _fail(self, member: Member, reference: Any, reason: str) -> None:
+        """A call raised. Units that its member began before go on; those after it are others' to do."""
+        unit = member.calls[reference]
+        if unit is None or next(iter(member.calls)) == reference:
+            return self._lose(member, reason, fault=unit)
+        del self.calls[reference], member.calls[reference]
+        member.leaving, member.heard = True, time.monotonic()
+        self._try_again(member, unit, reason, fault=True)
+
+    def _lose(self, member: Member, reason: str, fault: Unit | None = None) -> None:
+        """Another member for one that failed at its unit `fault`, died or hangs; its units are tried again.
+
+        Which of two it died of cannot be known.
+        """
+        units = member.units
+        for unit in units:
+            self._try_again(member, unit, reason, fault=unit is fault or len(units) == 1)
+        if not member.ready:
+            self.retries += 1
+            self.failures[START] += 1
+            if self.failures[START] >= self.job.score.attempts:
+                raise UserError(f"workers do not start ({reason}; {self.failures[START]} attempts)", GO_ON)
+        self._dismiss(member)
+
+    def _try_again(self, member: Member, unit: Unit, reason: str, fault: bool) -> None:
+        """Put a unit back, unless as many attempts as `score.attempts` failed through its own fault."""
+        self.retries += 1
+        self.failures[unit.name] += fault
+        if self.failures[unit.name] < self.job.score.attempts:
+            self.queue.leave(member, unit)
             self.note = f"again after {reason[:80]}"
-        elif call.unit:
-            self.missing.append(f"{name}: given up after {self.failures[name]} attempts: {reason}")
         else:
-            raise UserError(f"workers do not start ({reason}; {self.failures[name]} attempts)", GO_ON)
+            self.missing.append(f"{unit.name}: given up after {self.failures[unit.name]} attempts: {reason}")
+
+    def _dismiss(self, member: Member) -> None:
+        """End an actor; another takes its place if there is work."""
+        with suppress(RayError):
+            ray.kill(member.actor)
+        self.members.remove(member)
+        for reference in member.calls:
+            del self.calls[reference]
+        self.queue.leave(member)
         if self.queue:
             self._start_actor()
-
-    def _end_what_hangs(self) -> None:
-        """Replace actors whose call has taken longer than it may."""
-        for reference, call in list(self.calls.items()):
-            limit = START_SECONDS if call.unit is None else self._unit_seconds(call.unit)
-            if time.monotonic() - call.started > limit:
-                del self.calls[reference]
-                self._replace(call, f"no answer for {limit:,.0f} s (score.unit_timeout_seconds)")
 
     def _unit_seconds(self, unit: Unit) -> float:
         """How long a unit may take: what the config says, else far longer than the slowest so far would."""
@@ -236,16 +299,16 @@ class Actor:
 
     def __init__(self, job: Job):
         self.job = job
-        self.worker: Worker | None = None
+        self.worker: OverlappedWorker | None = None
 
     def get_ready(self, canaries: list[Canary]) -> float:
         """Load the model; the drift of the canaries, nats. Raises UserError where other packages are installed."""
         _refuse_other_packages(self.job)
-        self.worker = Worker(self.job)
-        return self.worker.canary_drift(canaries)
+        self.worker = opened = OverlappedWorker(lambda: Worker(self.job))
+        return opened.compute(lambda: opened.worker.canary_drift(canaries))
 
     def score(self, unit: Unit) -> Receipt:
-        """Score one unit; see `Worker.score`."""
+        """Score one unit, beside another; see `Worker.score`."""
         assert self.worker is not None
         return self.worker.score(unit)
 
@@ -314,8 +377,10 @@ class Cluster:
 
 def _runtime_env(score: Score) -> dict[str, Any]:
     """What a worker's process is started with."""
-    # Ray would otherwise give the driver's virtual environment no say over threads on other nodes.
-    env: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(score.cpus_per_worker)}}
+    # Ray would otherwise give the driver's virtual environment no say over threads on other nodes. The second is of the
+    # tokenizer, which would take every core.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), str(score.cpus_per_worker))
+    env: dict[str, Any] = {"env_vars": threads}
     # Absolute, since workers start in a folder of Ray's; not resolved, since an environment's Python is a link.
     return env | ({"py_executable": shlex.quote(str(score.python.absolute()))} if score.python else {})
 

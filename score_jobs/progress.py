@@ -11,7 +11,7 @@ from typing import Any
 
 from schemas.receipt import Layout, Receipt
 from score_jobs.plan import Unit
-from score_jobs.rate import Done, recent_rate
+from score_jobs.rate import Done, busy_seconds, outside_forward, recent_rate
 
 RECENT_SECONDS = 30.0
 BEAT_SECONDS = 10.0
@@ -39,6 +39,8 @@ class Progress:
     retries: int = 0
     flops: float = 0.0
     flops_possible: float = 0.0
+    idle_seconds: float = 0.0
+    forward_seconds: float = 0.0
     began: float | None = None
     done: list[Done] = field(default_factory=list)
 
@@ -56,7 +58,9 @@ class Progress:
         self.bytes_scored += unit.input_bytes
         self.tokens += receipt.tokens
         self.quarantined += receipt.quarantined
-        self.done.append(Done(at=time.monotonic(), seconds=sum(receipt.seconds.values()), tokens=receipt.tokens))
+        self.done.append(Done(at=time.monotonic(), seconds=busy_seconds(receipt.seconds), tokens=receipt.tokens))
+        self.idle_seconds += receipt.seconds.get("idle", 0.0)
+        self.forward_seconds += receipt.seconds.get("score", 0.0)
         flops, possible = matmul_flops(receipt.engine, receipt.tokens, receipt.seconds)
         self.flops, self.flops_possible = self.flops + flops, self.flops_possible + possible
 
@@ -92,6 +96,7 @@ class Progress:
             "tokens_per_second": round(recent, 1),
             "mean_tokens_per_second": round(self.tokens / seconds, 1) if seconds else 0.0,
             "matmul_share": round(self.flops / self.flops_possible, 4) if self.flops_possible else None,
+            "outside_forward": outside_forward([{"idle": self.idle_seconds, "score": self.forward_seconds}]),
             "seconds": round(seconds, 1),
             "seconds_left": round(self.bytes_left / input_rate, 1) if input_rate else None,
         }

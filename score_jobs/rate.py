@@ -1,7 +1,7 @@
 """Rates: how fast units come, from when each was done and how long it took. Pure functions of those times."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -12,6 +12,22 @@ class Done:
     at: float
     seconds: float
     tokens: int
+
+
+def busy_seconds(seconds: Mapping[str, float]) -> float:
+    """How long a unit kept its worker, from the durations in its receipt: the forward, and the engine's wait before it.
+
+    Reading and writing lie beside other units' forwards. Receipts that do not know the wait are of workers that did one
+    thing after the other.
+    """
+    return seconds["idle"] + seconds.get("score", 0.0) if "idle" in seconds else sum(seconds.values())
+
+
+def outside_forward(units: Iterable[Mapping[str, float]]) -> float | None:
+    """Share of workers' time in which their engines had nothing to do; `units`: durations in receipts. None if unknown."""
+    known = [seconds for seconds in units if "idle" in seconds]
+    busy = sum(map(busy_seconds, known))
+    return round(sum(seconds["idle"] for seconds in known) / busy, 4) if busy else None
 
 
 def recent_rate(units: Sequence[Done], began: float, now: float, seconds: float) -> float:

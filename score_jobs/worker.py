@@ -5,6 +5,7 @@ import json
 import platform
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_
 from schemas.shard import Window, encode_shard, open_shard, read_group, shard_schema
 from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, Reader, Rejected
-from score_jobs.engines import open_engine
+from score_jobs.engines import Scored, open_engine
 from score_jobs.plan import Unit
 
 CANARY_TOKENS = 32
@@ -42,15 +43,42 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitScores:
-    """What scoring made of a unit: windows in the order of their documents, and rows that gave none."""
+class Owner:
+    """The document that a window is of, and the window's number in it."""
 
-    windows: list[Window]
+    row: int
+    id: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTokens:
+    """What reading made of a unit: windows of token ids, whose each is, and rows that gave none. `seconds`: what it took."""
+
+    unit: Unit
+    windows: list[np.ndarray]
+    owners: list[Owner]
     rejected: list[Rejected]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitScores:
+    """What the forward made of a unit's windows, one each. `idle`: seconds that the engine had waited for them."""
+
+    tokens: UnitTokens
+    scores: list[Scored]
+    canary: list[Canary]
+    seconds: float
+    idle: float
 
 
 class Worker:
-    """Loads the model once, then scores units."""
+    """Loads the model once, then scores units.
+
+    A unit goes through `read`, `forward` and `commit`. Units may be in different ones at a time (`score_jobs.overlap`),
+    one in each: a reader, an engine and a disk have one place. What comes out is a function of the unit alone.
+    """
 
     def __init__(self, job: Job):
         """Prepare a worker; raises UserError if the model cannot be loaded."""
@@ -59,26 +87,48 @@ class Worker:
         self.tokenizer = open_tokenizer(job.model, "score.model")
         self.engine = open_engine(job.model, job.context, job.score)
         self.reader = Reader(job.corpus)
+        self.idle_since = time.perf_counter()
 
     def score(self, unit: Unit) -> Receipt:
-        """Score a unit and commit it: shard first, receipt last.
+        """Score a unit and commit it, one step after the other. Raises what the steps do."""
+        return self.commit(self.forward(self.read(unit)))
 
-        Raises ShardError if its input is broken, UserError if the output's disk is full or read-only.
-        """
+    def read(self, unit: Unit) -> UnitTokens:
+        """Read and tokenise a unit. Raises ShardError if its input is broken."""
         started = time.perf_counter()
         rows = list(self.reader.read(unit.url, unit.first, unit.end, unit.mark))
-        read = time.perf_counter()
-        found = self._score_rows(rows)
-        canary = self._make_canary(found.windows)
-        scored = time.perf_counter()
+        documents = [row for row in rows if isinstance(row, Document)]
+        rejected = [row for row in rows if isinstance(row, Rejected)]
+        pieces = encode_in_batches(self.tokenizer, [document.text for document in documents], self.job.context)
+        owners: list[Owner] = []
+        for document, windows in zip(documents, pieces, strict=True):
+            owners += [Owner(document.row, document.id, index) for index in range(len(windows))]
+            if not windows:
+                rejected.append(Rejected(document.row, document.id, "no tokens"))
+        tokens = [window for windows in pieces for window in windows]
+        return UnitTokens(unit, tokens, owners, rejected, seconds=time.perf_counter() - started)
+
+    def forward(self, tokens: UnitTokens) -> UnitScores:
+        """Score a unit's windows, and some of their tokens again as the check of a later job will."""
+        started = time.perf_counter()
+        idle = started - self.idle_since
+        scores = self.engine.score(tokens.windows)
+        canary = self._make_canary(tokens, scores)
+        self.idle_since = time.perf_counter()
+        return UnitScores(tokens, scores, canary, seconds=self.idle_since - started, idle=idle)
+
+    def commit(self, found: UnitScores) -> Receipt:
+        """Write a scored unit: shard first, receipt last. Raises UserError if the output's disk is full or read-only."""
+        started, unit = time.perf_counter(), found.tokens.unit
         committed = self.layout.receipt(unit.name)
         if committed.exists():  # by a worker that this one was thought to replace; its bytes stay (law 2)
             return read_receipt(committed)
+        windows, rejected = _storable_windows(found)
         with writing(self.layout.shard(unit.name)):
-            shard = self._put_shard(unit, found.windows)
+            shard = self._put_shard(unit, windows)
         with writing(self.layout.quarantine(unit.name)):
-            quarantine = self._put_quarantine(unit, found.rejected)
-        losses = _flat_losses(found.windows)
+            quarantine = self._put_quarantine(unit, rejected)
+        losses = _flat_losses(windows)
         receipt = Receipt(
             unit=unit.name,
             shard=unit.url.rsplit("/", 1)[-1],
@@ -87,21 +137,22 @@ class Worker:
             input_hash=unit.input_hash,
             bytes=len(shard),
             sha256=hashlib.sha256(shard).hexdigest(),
-            windows=len(found.windows),
-            tokens=sum(len(window.tokens) for window in found.windows),
-            documents=unit.end - unit.first - len(found.rejected),
-            quarantined=len(found.rejected),
+            windows=len(windows),
+            tokens=sum(len(window.tokens) for window in windows),
+            documents=unit.end - unit.first - len(rejected),
+            quarantined=len(rejected),
             quarantine_sha256=quarantine,
             loss_sum=float(losses.sum()),
             loss_count=len(losses),
             loss_histogram=np.histogram(losses, [*HISTOGRAM_EDGES_NATS, np.inf])[0].tolist(),
             engine={**self.engine.describe(), "host": platform.node(), "device": self._device_name()},
             seconds={
-                "read": round(read - started, 3),
-                "score": round(scored - read, 3),
-                "write": round(time.perf_counter() - scored, 3),
+                "read": round(found.tokens.seconds, 3),
+                "idle": round(found.idle, 3),
+                "score": round(found.seconds, 3),
+                "write": round(time.perf_counter() - started, 3),
             },
-            canary=canary,
+            canary=found.canary,
             committed=round(time.time(), 3),
         )
         with writing(self.layout.receipt(unit.name)):
@@ -116,8 +167,9 @@ class Worker:
         ]
         return float(np.concatenate([np.zeros(1), *drift]).sum() / max(1, sum(map(len, drift))))
 
-    def _make_canary(self, windows: list[Window]) -> list[Canary]:
-        tokens = [window.tokens[:CANARY_TOKENS].tolist() for window in windows[:CANARIES]]
+    def _make_canary(self, found: UnitTokens, scores: list[Scored]) -> list[Canary]:
+        good = (ids for ids, scored in zip(found.windows, scores, strict=True) if _storable(scored.loss))
+        tokens = [ids[:CANARY_TOKENS].tolist() for ids in islice(good, CANARIES)]
         pairs = zip(tokens, self._score_canary(tokens), strict=True)
         return [Canary(tokens=ids, ref_loss=losses) for ids, losses in pairs]
 
@@ -125,37 +177,6 @@ class Worker:
         """One call of one shape, whatever unit the tokens come from: what makes the check exact."""
         scored = self.engine.score([np.array(ids, dtype=np.int64) for ids in tokens])
         return [window.loss[1:].tolist() for window in scored]
-
-    def _score_rows(self, rows: list[Document | Rejected]) -> UnitScores:
-        documents = [row for row in rows if isinstance(row, Document)]
-        rejected = [row for row in rows if isinstance(row, Rejected)]
-        pieces = encode_in_batches(self.tokenizer, [document.text for document in documents], self.job.context)
-        owners: list[tuple[Document, int]] = []
-        for document, windows in zip(documents, pieces, strict=True):
-            owners += [(document, index) for index in range(len(windows))]
-            if not windows:
-                rejected.append(Rejected(document.row, document.id, "no tokens"))
-        tokens = [window for windows in pieces for window in windows]
-        scores = self.engine.score(tokens)
-        bad = {
-            owner.row: owner
-            for (owner, _), scored in zip(owners, scores, strict=True)
-            if not _storable(scored.loss) or (scored.entropy is not None and not _storable(scored.entropy))
-        }
-        rejected += [Rejected(row, owner.id, "reference loss is not finite") for row, owner in bad.items()]
-        windows = [
-            Window(
-                doc_id=owner.id,
-                row=owner.row,
-                index=index,
-                tokens=ids,
-                ref_loss=scored.loss.astype(np.float16),
-                ref_entropy=None if scored.entropy is None else scored.entropy.astype(np.float16),
-            )
-            for (owner, index), ids, scored in zip(owners, tokens, scores, strict=True)
-            if owner.row not in bad
-        ]
-        return UnitScores(windows=windows, rejected=sorted(rejected, key=lambda item: item.row))
 
     def _put_shard(self, unit: Unit, windows: list[Window]) -> bytes:
         """Encode, see that the bytes give the windows back, and put them; the store reads its own disk back."""
@@ -181,6 +202,31 @@ class Worker:
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name() if self.job.score.gpus_per_worker else platform.processor() or "cpu"
+
+
+def _storable_windows(found: UnitScores) -> tuple[list[Window], list[Rejected]]:
+    """Windows to be stored, in the order of their documents, and every row that gives none, in order."""
+    tokens = found.tokens
+    scored_windows = list(zip(tokens.owners, tokens.windows, found.scores, strict=True))
+    bad = {
+        owner.row: owner.id
+        for owner, _, scored in scored_windows
+        if not _storable(scored.loss) or (scored.entropy is not None and not _storable(scored.entropy))
+    }
+    rejected = tokens.rejected + [Rejected(row, name, "reference loss is not finite") for row, name in bad.items()]
+    windows = [
+        Window(
+            doc_id=owner.id,
+            row=owner.row,
+            index=owner.index,
+            tokens=ids,
+            ref_loss=scored.loss.astype(np.float16),
+            ref_entropy=None if scored.entropy is None else scored.entropy.astype(np.float16),
+        )
+        for owner, ids, scored in scored_windows
+        if owner.row not in bad
+    ]
+    return windows, sorted(rejected, key=lambda item: item.row)
 
 
 def _flat_losses(windows: list[Window]) -> np.ndarray:

@@ -6,7 +6,7 @@ a hash of every file beside it. Checkpoints lie on a file system that all ranks 
 """
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ FIX = "delete this checkpoint; training goes on from the one before it"
 class State:
     """Everything that resume needs besides tensors. `position` is the whole data state.
 
-    `origin` is all that decides the numbers: base, dataset, tokenizer, context, settings, versions.
+    `origin` is all that decides the numbers: base, dataset, tokenizer, context, settings, versions. `norms`: gradient norms
+    of the last steps, which outliers are held against.
     """
 
     step: int
@@ -34,6 +35,7 @@ class State:
     tokens_seen: int
     tokens_selected: int
     origin: dict[str, Any]
+    norms: list[float] = field(default_factory=list)
 
 
 def folder_of(folder: Path, step: int) -> Path:

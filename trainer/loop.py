@@ -23,13 +23,14 @@ from trainer.choice import chooser, masks_ahead, require_columns
 from trainer.data import Source
 from trainer.export import export
 from trainer.live import Live, parallelize, recompute
-from trainer.metrics import Log, StepStats
+from trainer.metrics import Log, StepStats, peak_memory
 from trainer.mixture import Mixture
 from trainer.optimizer import adamw, learning_rate
 from trainer.parts import Parts, fill
 from trainer.ranks import Ranks
 from trainer.saver import Saver
 from trainer.selection import Selection
+from trainer.spikes import LOUD, is_spike, remembered, spelled, worst
 from trainer.stream import Geometry, Order, Step, prefetched, steps
 
 # What may differ on resume: it decides no number. What `scores` and `mixture` hold is in the data's fingerprint.
@@ -153,11 +154,15 @@ def loop(
         waited = time.perf_counter() - started
         # The rate of the step's middle: neither the first step's nor the last's is zero.
         rate = learning_rate(config, (done + progress(run, state.step + 1, step.position, geometry)) / 2)
-        row = optimize(live, optimizer, step, run, state.step, rate)
-        state = advance(state, step, int(row.pop("selected")))
+        row = optimize(live, optimizer, step, run, state, rate)
+        spike = row.pop("spike", None)
+        state = advance(state, step, int(row.pop("selected")), row["grad_norm"])
         row |= figures(run, state, step, rate, time.perf_counter() - started, waited)
         if log:
             log.write("train", state.step, row)
+            if spike:
+                skipped = bool(config.skip_spikes)
+                log.write("spike", state.step, {"grad_norm": row["grad_norm"], "skipped": skipped, "windows": spike})
         run.report(row, progress(run, state.step, state.position, geometry))
         if config.evaluate_every and state.step % config.evaluate_every == 0:
             evaluate(run, live, log, state)
@@ -179,37 +184,46 @@ def save(saver: Saver, log: Log | None, state: State) -> None:
 
 
 def optimize(
-    live: Live, optimizer: torch.optim.Optimizer, step: Step, run: Run, number: int, rate: float
+    live: Live, optimizer: torch.optim.Optimizer, step: Step, run: Run, state: State, rate: float
 ) -> dict[str, Any]:
-    """One optimizer step. The loss is the mean over the selected tokens of the whole step (equation 4)."""
+    """One optimizer step. The loss is the mean over the selected tokens of the whole step (equation 4).
+
+    `spike` in the row: of an outlier, its worst windows; such a step is not taken if `train.skip_spikes` asks for it.
+    """
     config, ranks, selection = run.config, run.ranks, run.selection
-    seed = config.seed * 1_000_003 + number * 1_009 + ranks.rank  # of dropout, if it is asked for
+    seed = config.seed * 1_000_003 + state.step * 1_009 + ranks.rank  # of dropout, if it is asked for
     torch.manual_seed(seed)
     masks = masks_ahead(live, step, selection, ranks) if selection.ahead else None
     selected = selection.count([micro.counts for micro in step.micros]) if masks is None else ranks.sum(masks.sum())
     divisor = max(1, int(selected))
-    stats = StepStats(ranks.device)
+    stats, losses = StepStats(ranks.device), []
     torch.manual_seed(seed)  # again: tokens are trained on under the dropout that they were chosen under
     for index, micro in enumerate(micro.to(ranks.device) for micro in step.micros):
         if ranks.world > 1:
             live.set_requires_gradient_sync(index == len(step.micros) - 1)  # type: ignore[operator]
         judged = live(micro.batch, chooser(selection, micro, ranks, None if masks is None else masks[index]))
         (judged.loss_sum / divisor).backward()
+        losses.append(judged.losses)
         scores = selection.ranked(judged.losses, micro.columns)
         stats.add(judged.losses, judged.mask, micro.batch.targets != IGNORE, scores)
-    row = stats.means(ranks)
+    row: dict[str, Any] = {**stats.means(ranks)}
     norm: Any = torch.nn.utils.clip_grad_norm_(live.parameters(), config.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if row.pop("broken") or not torch.isfinite(norm):
         raise UserError(
-            f"{config.output}: loss or gradient is not finite at step {number + 1}",
-            "lower train.learning_rate (the last checkpoint is untouched)",
+            f"{config.output}: loss or gradient is not finite at step {state.step + 1}; its worst windows: "
+            + spelled(worst(step.micros, losses, ranks)),
+            "lower train.learning_rate, or leave windows out (train.skip); the last checkpoint is untouched",
         )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
+    row["grad_norm"] = float(norm)
+    if is_spike(row["grad_norm"], state.norms, config.skip_spikes or LOUD):
+        row["spike"] = worst(step.micros, losses, ranks)
+    if not (config.skip_spikes and "spike" in row):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return row | {"grad_norm": float(norm)}
+    return row
 
 
 def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
@@ -278,7 +292,7 @@ def progress(run: Run, step: int, position: int, geometry: Geometry) -> float:
     return min(1.0, position / ((run.config.epochs or 1) * int(run.source.group_sizes.sum())))
 
 
-def advance(state: State, step: Step, selected: int) -> State:
+def advance(state: State, step: Step, selected: int, norm: float) -> State:
     """The state after a step. Tokens seen are real ones, without padding."""
     return State(
         step=state.step + 1,
@@ -286,6 +300,7 @@ def advance(state: State, step: Step, selected: int) -> State:
         tokens_seen=state.tokens_seen + step.tokens,
         tokens_selected=state.tokens_selected + selected,
         origin=state.origin,
+        norms=remembered(state.norms, norm),
     )
 
 
@@ -302,6 +317,7 @@ def figures(run: Run, state: State, step: Step, rate: float, seconds: float, wai
         "learning_rate": rate,
         "tokens_per_second": step.tokens / seconds,
         "data_wait": waited / seconds,
+        "peak_memory": peak_memory(run.ranks.device),
         "padding": step.padding,
         "epoch": state.position // int(run.source.group_sizes.sum()),
     }

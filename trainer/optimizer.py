@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
-from schemas.config import Train
+if TYPE_CHECKING:
+    from schemas.config import Train
 
 
-def learning_rate(config: Train, done: float) -> float:
+def learning_rate(config: "Train", done: float) -> float:
     """Learning rate at `done` in [0, 1]: linear warm-up, then cosine, warmup-stable-decay, or constant."""
     floor = config.min_learning_rate_ratio
     if done < config.warmup:
@@ -24,11 +26,11 @@ def learning_rate(config: Train, done: float) -> float:
     return config.learning_rate * factor
 
 
-def adamw(parameters: Iterable[torch.nn.Parameter], config: Train) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[torch.nn.Parameter], config: "Train") -> torch.optim.AdamW:
     """AdamW that decays matrices, and leaves norms and biases (fewer than two dimensions) alone."""
     every = list(parameters)
     groups = [
         {"params": [parameter for parameter in every if parameter.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [parameter for parameter in every if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)  # one pass over memory

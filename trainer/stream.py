@@ -7,7 +7,7 @@ before any forward, and no rank has state of its own.
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -28,16 +28,18 @@ class MicroBatch:
 
     columns: what the selection reads, by name, float32 [rows, row_tokens] at the column that predicts each token.
     counts: valid tokens of every window of the micro-batch of all ranks.
+    placed: this rank's windows, by their numbers in the batch.
     """
 
     batch: Batch
     columns: dict[str, torch.Tensor]
     counts: list[int]
+    placed: list[Placed] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`, copied without waiting."""
         columns = {name: values.to(device, non_blocking=True) for name, values in self.columns.items()}
-        return MicroBatch(batch=self.batch.to(device), columns=columns, counts=self.counts)
+        return replace(self, batch=self.batch.to(device), columns=columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ def _micro_batch(
     own = [members[index] for row in rows for index in row]
     batch = collate([placed.window.tokens for placed in own], renumbered(rows), row_tokens)
     columns = {name: batch.spread([column(name, placed, order.seed) for placed in own]) for name in order.columns}
-    return MicroBatch(batch=batch, columns=columns, counts=counts)
+    return MicroBatch(batch=batch, columns=columns, counts=counts, placed=own)
 
 
 def column(name: str, placed: Placed, seed: int) -> np.ndarray:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from schemas.config import Context, Score
+if TYPE_CHECKING:
+    from schemas.config import Context, Score  # an engine itself runs where there is no pydantic
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(model: Path, context: Context, score: Score) -> Engine:
+def open_engine(model: Path, context: "Context", score: "Score") -> Engine:
     """The engine that the config names, its model loaded. Raises UserError if it cannot be."""
     if score.engine == "vllm":
         from score_jobs.engines.vllm_offline import VllmEngine  # an optional package, and slow to import

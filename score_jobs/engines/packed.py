@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from schemas.batch import Place, collate, gather, renumbered
-from schemas.config import Score
 from schemas.errors import UserError, first_line
 from schemas.forward import decoder_layers
 from schemas.loss import Losses, batch_losses
@@ -17,11 +16,14 @@ from schemas.models import open_model
 from score_jobs.engines import Scored
 from score_jobs.engines.peak import matmul_peak
 
+if TYPE_CHECKING:
+    from schemas.config import Score
+
 
 class PackedEngine:
     """Computes reference losses of windows on one device."""
 
-    def __init__(self, model: Path, window: int, score: Score, device: str):
+    def __init__(self, model: Path, window: int, score: "Score", device: str):
         """Load the model. A batch holds `score.batch_tokens` tokens at most, and at least one window."""
         self.model = open_model(model, "score.model", window, dtype=getattr(torch, score.dtype), device=device)
         self.device, self.window, self.entropy = device, window, score.entropy

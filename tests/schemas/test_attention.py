@@ -1,11 +1,13 @@
 """Attention by boundaries: each window sees itself alone, whatever lies beside it, forward and backward."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -95,6 +97,51 @@ def test_what_a_family_asks_of_attention_beyond_ours_is_an_error_not_left_out(as
     bounds = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="does not do"):
         attention.attend(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=bounds, max_length_q=8, **asked)
+
+
+def of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    """The kernel as torch 2.11 declares it, played by plain softmax: no heads are shared."""
+    assert query.shape[1] == key.shape[1] and window_size[1] == 0 and max_q >= int(cu_seq_q.diff().max())
+    out = torch.empty_like(query)
+    for start, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+        own = slice(start, end)
+        scores = torch.einsum("qhd,khd->hqk", query[own], key[own]) * (scale or query.shape[2] ** -0.5)
+        behind = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (behind >= 0) & ((window_size[0] < 0) | (behind <= window_size[0]))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(2)
+        out[own] = torch.einsum("hqk,khd->qhd", weights, value[own])
+    return out
+
+
+def of_torch_2_13(query, key, value, *arguments, enable_gqa=False, num_splits=None, **named):
+    """As torch 2.13 declares it."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
+    return of_torch_2_11(query, key, value, *arguments, **named)
+
+
+@pytest.mark.parametrize("kernel", [of_torch_2_11, of_torch_2_13])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_the_kernel_is_asked_as_each_release_of_torch_declares_it(
+    kernel: Any, heads: int, sliding_window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "SHARES_HEADS", "enable_gqa" in signature(kernel).parameters)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(14, count, 8) for count in (4, heads, heads))
+    bounds = torch.tensor([0, 6, 7, 14], dtype=torch.int32)
+    asked = attention._by_kernel(query, key, value, bounds, 8, 0.3, sliding_window)
+    expected = attention._window_by_window(query, key, value, bounds, 0.0, 0.3, sliding_window)
+    torch.testing.assert_close(asked, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_installed_torch_declares_what_is_asked_of_its_kernel() -> None:
+    named = signature(varlen_attn).parameters
+    assert list(named)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= named.keys() and ("enable_gqa" in named) == attention.SHARES_HEADS
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ class Toy(nn.Module):
         return self.head
 
     def body(self, input_ids: torch.Tensor, use_cache: bool, position_ids: torch.Tensor | None = None) -> Any:
+        assert use_cache is False  # a cache of windows that share a row would be read by none and cost memory
         if position_ids is not None and not self.takes_positions:
             raise TypeError("unexpected position_ids")
         columns = torch.arange(input_ids.shape[1])
@@ -74,6 +75,12 @@ def one_ahead(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return (columns[:, None] + 1 >= columns[None, :]).expand(*positions.shape, len(columns))
 
 
+def last_but_one(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The last token but one sees the last."""
+    width = len(columns)
+    return causal(columns, positions) | ((columns[:, None] == width - 2) & (columns[None, :] == width - 1))
+
+
 def by_longest(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Windows are kept apart, but one of more than 5 tokens changes the weights of all its batch, as longrope does."""
     return by_window(columns, positions) * (1.0 + (columns % 2) * (positions.max() >= 5))
@@ -105,7 +112,7 @@ def test_a_model_that_reads_no_windows_off_positions_gets_a_row_a_window(options
     torch.testing.assert_close(together[1, :3], apart[1])
 
 
-@pytest.mark.parametrize("sees", [everything, in_blocks, one_ahead])
+@pytest.mark.parametrize("sees", [everything, in_blocks, one_ahead, last_but_one])
 def test_a_model_that_sees_later_tokens_is_refused(sees: Any) -> None:
     with pytest.raises(UserError, match=r"base: toy \(Toy\) is not causal"):
         open_toy(sees, window=64)
@@ -126,7 +133,9 @@ def test_windows_share_a_row_in_the_probe_however_short_they_are(window: int) ->
 def test_a_model_of_nan_weights_is_refused() -> None:
     toy = Toy(by_window)
     nn.init.constant_(toy.head.weight, float("nan"))
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(
+        UserError, match="gives losses that are not finite: its weights are damaged; choose another model"
+    ):
         prove(toy, torch.float32, 32, "base: toy")
 
 
@@ -135,7 +144,8 @@ def test_a_model_of_nan_weights_is_refused() -> None:
     [({}, 64), ({"sliding_window": 200}, 1000), ({"inner": {"attention_chunk_size": 64}}, 1000), ({"sliding_window": 1000}, 64),
      ({"rope": {"original_max_position_embeddings": 500}}, 1000), ({"use_sliding_window": True}, 64),
      ({"max_window_layers": 28, "sliding_window_pattern": 6}, 64), ({"rates": {"compressed_attention": 128}}, 1000),
-     ({"windows": [2000, [100]]}, 1000), ({"local_attention": 128}, 1000), ({"index_topk": 512}, 1000)],
+     ({"windows": [2000, [100]]}, 1000), ({"sliding_window": 2}, 1000), ({"sliding_window": 1}, 64),
+     ({"window_kind": "local", "chunk": None, "block_ratio": 2.5}, 64), ({"local_attention": 128}, 1000), ({"index_topk": 512}, 1000)],
 )  # fmt: skip
 def test_the_probe_is_as_long_as_a_window_where_the_config_names_a_length_that_windows_exceed(
     limits: dict[str, Any], longest: int
@@ -144,7 +154,8 @@ def test_the_probe_is_as_long_as_a_window_where_the_config_names_a_length_that_w
 
 
 @pytest.mark.parametrize(
-    ("window", "lengths"), [(40, [40, 2, 5, 10, 20]), (1000, [64, 2, 4, 8, 16, 32]), (5, [5, 2, 2]), (2, [2, 2, 2])]
+    ("window", "lengths"),
+    [(40, [40, 2, 5, 10, 20]), (1000, [64, 2, 4, 8, 16, 32]), (9, [9, 2, 4]), (5, [5, 2, 2]), (2, [2, 2, 2])],
 )
 def test_probe_windows_halve_from_the_longest_down_to_two_and_hold_tokens_beyond_the_special_ones(
     window: int, lengths: list[int]
@@ -278,22 +289,62 @@ def test_a_model_that_cannot_be_run_is_refused_with_its_own_words() -> None:
         lambda logits: logits * 0.5,
         lambda logits: logits + 0.1,
         lambda logits: logits[..., :-1],
+        torch.relu,
     ],
-    ids=["soft cap", "scale", "shift", "cut"],
+    ids=["soft cap", "scale", "shift", "cut", "none below zero"],
 )
 def test_a_head_is_linear_only_if_nothing_becomes_of_its_logits(finish: Any) -> None:
     assert has_linear_head(Toy(by_window))
     assert not has_linear_head(Toy(by_window, finish=finish))
 
 
-def test_a_head_is_not_linear_that_is_not_there_has_a_bias_or_does_not_read_the_last_hidden_state() -> None:
-    biased, other, without, bare = (Toy(by_window) for _ in range(4))
+def hidden_by(toy: Toy, change: Any) -> Toy:
+    """A toy whose body, asked for alone, gives other hidden states than its head reads."""
+    body = toy.body
+
+    def other(input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(last_hidden_state=change(body(input_ids, use_cache).last_hidden_state))
+
+    toy.base_model = other
+    return toy
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda hidden: 1.2 * hidden, lambda hidden: hidden[:, :-1], lambda hidden: torch.cat([hidden, hidden])],
+    ids=["scaled", "short", "twice"],
+)
+def test_a_head_that_does_not_read_the_last_hidden_state_is_not_linear(change: Any) -> None:
+    assert not has_linear_head(hidden_by(Toy(by_window), change))
+
+
+def test_a_head_is_not_linear_that_is_not_there_is_not_called_or_has_a_bias_be_it_zero() -> None:
+    toys = [Toy(by_window) for _ in range(4)]
+    missing, biased, uncalled, bare = toys
+    missing.get_output_embeddings = lambda: None
     biased.head = nn.Linear(WIDTH, VOCABULARY)
-    plain = other.body
-    other.base_model = lambda input_ids, use_cache: SimpleNamespace(
-        last_hidden_state=2 * plain(input_ids, use_cache).last_hidden_state
+    nn.init.zeros_(biased.head.bias)
+    uncalled.forward = lambda input_ids, use_cache, position_ids=None: SimpleNamespace(
+        logits=uncalled.body(input_ids, use_cache, position_ids).last_hidden_state @ uncalled.head.weight.T
     )
-    without.get_output_embeddings = lambda: None
     bare.base_model = lambda input_ids, use_cache: SimpleNamespace()
-    assert not any(has_linear_head(toy) for toy in (biased, other, without, bare))
-    assert not other.head._forward_hooks and not bare.head._forward_hooks
+    assert not any(has_linear_head(toy) for toy in toys)
+    assert not any(toy.head._forward_hooks for toy in toys)
+    opened = prove(missing, torch.float32, 32, "base")
+    assert opened.isolation == "packed" and not opened.linear
+
+
+def test_a_head_that_is_but_a_weight_is_linear() -> None:
+    class Head(nn.Module):
+        def __init__(self, weight: torch.Tensor):
+            super().__init__()
+            self.weight = nn.Parameter(weight)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden @ self.weight.T
+
+    toy = Toy(by_window)
+    toy.head = Head(torch.randn(VOCABULARY, WIDTH))
+    assert has_linear_head(toy)
+    toy.get_output_embeddings = nn.Identity  # one that computes without a weight of its own
+    assert not has_linear_head(toy)

@@ -43,7 +43,7 @@ class StepStats:
             self.over += ((scores.flatten()[:, None] >= self.edges) & predicted.flatten()[:, None]).sum(0)
             self.lowest = torch.minimum(self.lowest, torch.where(mask, scores, torch.inf).min())
 
-    def means(self, ranks: Ranks) -> dict[str, float | None]:
+    def means(self, ranks: Ranks) -> dict[str, Any]:
         """Losses in nats/token over all, kept and dropped tokens, and the realised keep ratio.
 
         `threshold` is the lowest score that was selected anywhere in the step (nats for `slm`), `score_over` the shares of

@@ -5,7 +5,6 @@ A receipt is the commit point of a unit and the only proof of work (law 2). All 
 
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -13,11 +12,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from schemas.errors import UserError, first_line
-from schemas.place import Place, open_store
+from schemas.place import Place, each, open_store
 from schemas.seal import parse, seal, unseal
 from schemas.store import Store
 
-READERS = 16
 SCORE_AGAIN = "delete it and run `make score` again"
 READABLE_VERSIONS = (1, 2)  # version 1 had neither seals nor `complete.json`
 HISTOGRAM_EDGES_NATS = [0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]  # the last bin is open
@@ -146,10 +144,8 @@ def read_receipts(layout: Layout) -> dict[str, Receipt]:
     """All receipts by unit, sorted. Raises UserError on one that is damaged or names another unit."""
     version = read_version(layout) if layout.dataset.exists() else None
     units = layout.committed()
-    with ThreadPoolExecutor(READERS) as readers:  # of an object store each takes a round trip
-        return dict(
-            zip(units, readers.map(lambda unit: read_receipt(layout.receipt(unit), version), units), strict=True)
-        )
+    found = each(layout.root, lambda unit: read_receipt(layout.receipt(unit), version), units)
+    return dict(zip(units, found, strict=True))
 
 
 def read_receipt(path: Place, version: int | None = None) -> Receipt:

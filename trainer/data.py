@@ -6,7 +6,6 @@ position in the order can be opened by reading one block. State is one integer: 
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,8 +13,8 @@ import numpy as np
 
 from schemas.errors import UserError
 from schemas.fingerprint import difference, digest
-from schemas.place import Place
-from schemas.receipt import READERS, Layout, Receipt, read_complete, read_dataset, read_receipts
+from schemas.place import Place, each
+from schemas.receipt import Layout, Receipt, read_complete, read_dataset, read_receipts
 from schemas.shard import SCORE_AGAIN, Window, open_shard, read_group, shard_metadata
 from schemas.window import token_hashes
 from trainer.cache import Cache
@@ -48,9 +47,8 @@ class ScoreShards:
         if not receipts:
             raise UserError(f"{root}: no receipts, so no verified scores", "run `make score`")
         check_whole(layout, set(receipts), partial)
-        with ThreadPoolExecutor(READERS) as readers:  # a footer of an object store takes a round trip
-            shards = map(layout.shard, receipts)
-            self.groups = [group for found in readers.map(self._groups, shards, receipts.values()) for group in found]
+        shards = each(root, self._groups, map(layout.shard, receipts), receipts.values())
+        self.groups = [group for groups in shards for group in groups]
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
         self.tokens = sum(receipt.tokens for receipt in receipts.values())

@@ -11,12 +11,16 @@ from torch.utils.tensorboard import SummaryWriter
 from schemas.store import fsync_file, write_atomic
 from trainer.ranks import Ranks
 
+SCORE_EDGES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # nats, of the histogram of what was ranked
+
 
 class StepStats:
     """Figures of one optimizer step: summed over its micro-batches, then once over the ranks."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.over = torch.zeros(len(SCORE_EDGES), dtype=torch.float64, device=device)
+        self.edges = torch.tensor(SCORE_EDGES, device=device)
         self.lowest = torch.full((1,), torch.inf, device=device)
 
     @torch.no_grad()
@@ -36,14 +40,16 @@ class StepStats:
             ]
         )
         if scores is not None:
+            self.over += ((scores.flatten()[:, None] >= self.edges) & predicted.flatten()[:, None]).sum(0)
             self.lowest = torch.minimum(self.lowest, torch.where(mask, scores, torch.inf).min())
 
-    def means(self, ranks: Ranks) -> dict[str, float | None]:
+    def means(self, ranks: Ranks) -> dict[str, Any]:
         """Losses in nats/token over all, kept and dropped tokens, and the realised keep ratio.
 
-        `threshold` is the lowest score that was selected anywhere in the step (nats for `slm`), None if none was ranked.
+        `threshold` is the lowest score that was selected anywhere in the step (nats for `slm`), `score_over` the shares of
+        tokens whose score is at least each of `SCORE_EDGES`; None if none was ranked.
         """
-        kept, dropped, kept_count, dropped_count, broken = ranks.sum(self.sums).tolist()
+        kept, dropped, kept_count, dropped_count, broken, *over = ranks.sum(torch.cat([self.sums, self.over])).tolist()
         lowest = float(ranks.least(self.lowest))
         every = kept_count + dropped_count
         return {
@@ -51,6 +57,7 @@ class StepStats:
             "loss_kept": kept / max(kept_count, 1),
             "loss_dropped": dropped / dropped_count if dropped_count else None,
             "threshold": lowest if lowest != float("inf") else None,
+            "score_over": [count / max(every, 1) for count in over] if lowest != float("inf") else None,
             "keep": kept_count / max(every, 1),
             "broken": broken,
             "selected": kept_count,
@@ -86,6 +93,9 @@ class Log:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
+            elif name == "score_over" and value:
+                for edge, share in zip(SCORE_EDGES, value, strict=True):
+                    self.board.add_scalar(f"{kind}/{name}/{edge:g}", share, step)
 
     def sync(self) -> None:
         """Make the rows durable: a checkpoint must not outlive the rows before it."""

@@ -33,4 +33,4 @@ def adamw(parameters: Iterable[torch.nn.Parameter], config: "Train") -> torch.op
         {"params": [parameter for parameter in every if parameter.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [parameter for parameter in every if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)  # one pass over memory

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli import read_place
 from schemas import object_store
+from schemas.config import load_config
 from schemas.errors import Unreachable, UserError
 from schemas.object_store import ObjectStore, Url
 from schemas.place import is_bucket, open_store, to_place
@@ -184,3 +186,20 @@ def test_profiles_of_the_aws_tools_are_used(
 def test_a_machine_without_a_bucket_imports_no_obstore() -> None:
     code = "import sys, schemas.receipt, schemas.lock, score_jobs.inputs; assert 'obstore' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("field", ["root", "train.output", "train.cache", "reference.train.output"])
+def test_what_must_be_a_folder_is_no_url(field: str) -> None:
+    demo = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+    with pytest.raises(UserError, match=rf"field `{field}`: .*only `score.output` may be a URL"):
+        load_config(demo, {field: "s3://bucket/x"})
+    assert load_config(demo, {"root": "file:///x"}).score.output == Path("/x/scores")
+    assert load_config(demo, {"score.output": "gs://bucket/x/"}).score.output == Url("gs://bucket", "x")
+    with pytest.raises(UserError, match=r"field `score.output`: .*no URL of an object store"):
+        load_config(demo, {"score.output": "ftp://host/x"})
+
+
+def test_a_verb_that_is_given_a_url_of_another_kind_says_so() -> None:
+    with pytest.raises(UserError, match=r"ftp://host/x.*no URL of an object store"):
+        read_place("ftp://host/x")
+    assert read_place("runs/demo") == Path("runs/demo") and read_place("s3://b/x") == Url("s3://b", "x")

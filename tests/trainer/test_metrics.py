@@ -45,6 +45,7 @@ def test_figures_are_means_over_all_kept_and_dropped_tokens_of_a_step():
         "loss_kept": 21 / 3,
         "loss_dropped": 10 / 2,
         "threshold": 0.25,
+        "score_over": [3 / 5, 3 / 5, 3 / 5, 3 / 5, 2 / 5, 1 / 5, 1 / 5],  # at least -2, -1, -0.5, 0, 0.5, 1, 2 nats
         "keep": 3 / 5,
         "broken": 0.0,
         "selected": 3.0,
@@ -55,11 +56,13 @@ def test_figures_of_ranks_are_those_of_all_their_tokens():
     found = stats_of(FIRST, SECOND).means(OfTwo())
     assert (found["loss_all"], found["loss_kept"], found["loss_dropped"], found["keep"]) == (31 / 5, 7, 5, 3 / 5)
     assert (found["selected"], found["threshold"]) == (6, -7)
+    assert found["score_over"] == stats_of(FIRST, SECOND).means(ALONE)["score_over"]
 
 
 def test_what_has_no_tokens_or_was_not_ranked_has_no_figure():
     found = stats_of(([2.0, 4.0], [True, True], [True, True], None)).means(ALONE)
     assert (found["loss_all"], found["loss_kept"], found["loss_dropped"], found["threshold"]) == (3, 3, None, None)
+    assert found["score_over"] is None
     empty = stats_of(([NAN], [False], [False], [NAN])).means(ALONE)
     assert (empty["loss_all"], empty["loss_kept"], empty["keep"], empty["selected"]) == (0, 0, 0, 0)
     assert (empty["loss_dropped"], empty["threshold"]) == (None, None)
@@ -122,14 +125,18 @@ def written(folder, first, last):
 def test_rows_and_scalars_hold_what_was_written(tmp_path):
     log = Log(tmp_path / "deep" / "run", 0)
     log.write("train", 1, {"loss": 0.5, "dropped": None, "position": 7, "isolation": "packed"})
+    log.write("train", 2, {"score_over": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25]})
     log.write("eval", 1, {"loss": 0.25})
     assert rows_of(tmp_path / "deep" / "run") == [  # at once: a reader need not wait for the run's end
         {"kind": "train", "step": 1, "loss": 0.5, "dropped": None, "position": 7, "isolation": "packed"},
+        {"kind": "train", "step": 2, "score_over": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25]},
         {"kind": "eval", "step": 1, "loss": 0.25},
     ]
     log.close()
     assert log.file.closed
-    assert board_of(tmp_path / "deep" / "run") == {
+    board = board_of(tmp_path / "deep" / "run")
+    assert board.pop("train/score_over/2") == [(2, 0.25)] and len([tag for tag in board if "score_over" in tag]) == 6
+    assert {tag: rows for tag, rows in board.items() if "score_over" not in tag} == {
         "train/loss": [(1, 0.5)],
         "train/position": [(1, 7)],
         "eval/loss": [(1, 0.25)],

@@ -206,7 +206,7 @@ def optimize(
         losses.append(judged.losses)
         scores = selection.ranked(judged.losses, micro.columns)
         stats.add(judged.losses, judged.mask, micro.batch.targets != IGNORE, scores)
-    row: dict[str, Any] = {**stats.means(ranks)}
+    row = stats.means(ranks)
     norm: Any = torch.nn.utils.clip_grad_norm_(live.parameters(), config.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if row.pop("broken") or not torch.isfinite(norm):

@@ -5,11 +5,10 @@ from typing import Any
 
 from pipeline.evaluate import TargetLoss
 from pipeline.progress import bar, say
-from schemas.config import Config, Context, Corpus, Part, Train
+from schemas.config import Config, Context, Corpus, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
-from schemas.place import Place
 from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, corpus_documents
 from trainer.cache import Cache
@@ -30,32 +29,30 @@ def train_live(config: Config) -> Path:
 def prepared(config: Config) -> tuple[Train, Path, Source, Any]:
     """Settings, base, data and tokenizer of a live model's run. Raises UserError if they do not fit together."""
     settings = config.train.model_copy(update={"output": config.train.folder})
+    datasets = open_scores(config)
     base = local_model(config.base)
     tokenizer = open_tokenizer(base, "base")
-    return settings, base, source_of(config, tokenizer), tokenizer
+    return settings, base, source_of(config, datasets, tokenizer), tokenizer
 
 
-def source_of(config: Config, tokenizer: Any) -> Source:
-    """What `train.scores` or `train.mixture` names; by default the scores that `tokensift score` makes."""
-    parts = config.train.mixture or [Part(scores=config.train.scores or [config.score.output], weight=1)]
-    cache, sources = Cache(config.train.cache, config.train.cache_bytes), []
-    for part in parts:
-        datasets = [open_scores(place, cache, config, tokenizer) for place in part.scores]
-        sources.append(datasets[0] if len(datasets) == 1 else References(datasets))
-    return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in parts])
+def open_scores(config: Config) -> list[list[ScoreShards]]:
+    """The score datasets that a run reads: of each part of its mixture its references."""
+    cache = Cache(config.train.cache, config.train.cache_bytes)
+    return [[ScoreShards(place, config.train.partial, cache) for place in part.scores] for part in config.parts]
 
 
-def open_scores(place: Place, cache: Cache, config: Config, tokenizer: Any) -> ScoreShards:
-    """A score dataset. Raises UserError if its tokens or their context are not those of the live model."""
-    found = ScoreShards(place, config.train.partial, cache)
-    changed = difference(found.dataset["tokenizer"], tokenizer_fingerprint(tokenizer), "tokenizer")
-    changed += difference(found.dataset["context"], config.context.model_dump(), "context")
-    if changed:
-        raise UserError(
-            f"{place}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
-            "use the same tokenizer and context",
-        )
-    return found
+def source_of(config: Config, datasets: list[list[ScoreShards]], tokenizer: Any) -> Source:
+    """A run's score datasets as one. Raises UserError if tokens or context of one are not those of the live model."""
+    expected = {"tokenizer": tokenizer_fingerprint(tokenizer), "context": config.context.model_dump()}
+    for found in (one for part in datasets for one in part):
+        changed = difference({name: found.dataset[name] for name in expected}, expected)
+        if changed:
+            raise UserError(
+                f"{found.root}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
+                "use the same tokenizer and context",
+            )
+    sources = [part[0] if len(part) == 1 else References(part) for part in datasets]
+    return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in config.parts])
 
 
 def train_reference(config: Config) -> Path:

@@ -218,6 +218,11 @@ class Config(Section):
     train: Train
     eval: Evaluation = Evaluation()
 
+    @property
+    def parts(self) -> list[Part]:
+        """What the live model trains on: the parts of its mixture, or one; by default what `tokensift score` makes."""
+        return self.train.mixture or [Part(scores=self.train.scores or [self.score.output], weight=1)]
+
     @model_validator(mode="before")
     @classmethod
     def _below_the_root(cls, raw: Any) -> Any:

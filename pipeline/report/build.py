@@ -119,8 +119,8 @@ def read_cost(config: Config) -> Cost:
     """What the reference and the scores cost, from the reference's metrics and the receipts."""
     rows = read_metrics(config.reference.train.output / "metrics.jsonl") if config.reference else []
     reference = max((row["tokens_seen"] for row in rows if row["kind"] == "train"), default=None)
-    receipts = read_receipts(Layout(config.score.output))
-    return Cost(reference, sum(receipt.tokens for receipt in receipts.values()))
+    every = [read_receipts(Layout(place)).values() for part in config.parts for place in part.scores]
+    return Cost(reference, sum(receipt.tokens for receipts in every for receipt in receipts))
 
 
 def compute_curve(name: str, arm: Arm, cost: Cost) -> list[Point]:
@@ -291,14 +291,15 @@ def contrast(kept: Sequence[bool], stretch: int = 16) -> float:
 
 def origin(config: Config, cost: Cost) -> list[tuple[str, str]]:
     """Names and settings that the page was made from."""
-    layout = Layout(config.score.output)
-    scores = digest(read_dataset(layout)) if layout.dataset.exists() else "no score dataset"
+    places = [place for part in config.parts for place in part.scores]
+    layouts = [Layout(place) for place in places]
+    scores = ", ".join(digest(read_dataset(one)) if one.dataset.exists() else "no score dataset" for one in layouts)
     reference = "trained elsewhere" if cost.reference is None else f"{cost.reference:,} training tokens"
     return [
         ("experiment", config.name),
         ("base", config.base),
         ("reference", f"{config.score.model} ({reference})"),
-        ("scores", f"{config.score.output}, fingerprint {scores}, {cost.scored:,} tokens"),
+        ("scores", f"{', '.join(map(str, places))}, fingerprint {scores}, {cost.scored:,} tokens"),
         ("selection", f"top {config.train.keep:.0%} by {config.train.scope}, seed {config.train.seed}"),
     ]
 

@@ -42,8 +42,12 @@ def chosen_windows(scores: Place) -> list[Window]:
 
 @torch.no_grad()
 def judge_documents(config: Config) -> list[tuple[str, list[Token]]]:
-    """Some windows with the final SLM model's losses beside the stored ones, kept tokens marked among all of them."""
-    folder, windows = config.train.output / "slm" / "final", chosen_windows(config.score.output)
+    """Some windows with the final SLM model's losses beside the stored ones, kept tokens marked among all of them.
+
+    None where several references are averaged: no one of them is what was ranked by.
+    """
+    first, *others = config.parts[0].scores
+    folder, windows = config.train.output / "slm" / "final", [] if others else chosen_windows(first)
     if not windows:
         return []
     device = "cuda" if torch.cuda.is_available() else "cpu"

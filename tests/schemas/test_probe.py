@@ -175,6 +175,21 @@ def test_probe_windows_halve_from_the_longest_down_to_two_and_hold_tokens_beyond
     assert len(set(torch.cat(windows).tolist())) > min(12, sum(lengths) // 2)
 
 
+def test_one_window_fills_a_row_the_others_share_one_and_all_neighbours_of_the_last_change_for_isolation() -> None:
+    toy, seen = Toy(by_window), list[torch.Tensor]()
+    body = toy.body
+
+    def watched(input_ids: torch.Tensor, use_cache: bool, position_ids: torch.Tensor | None = None) -> Any:
+        seen.append(input_ids)
+        return body(input_ids, use_cache, position_ids)
+
+    toy.base_model = watched
+    prove(toy, torch.float32, 40, "base")
+    shared, one, other = (ids for ids in seen if len(ids) > 1)
+    assert shared.shape == (2, 40) and torch.equal(shared, one)  # 40 tokens; 2, 5, 10 and 20 beside each other
+    assert (one != other).flatten().tolist() == [True] * 40 + [True] * 17 + [False] * 23
+
+
 def test_losses_that_are_finite_alone_and_not_in_shared_rows_keep_windows_alone() -> None:
     def broken(columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         restarted = (positions == 0).sum(1) > 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.train import source_of
+from pipeline.train import open_scores, source_of
 from schemas.models import open_tokenizer
 from tests.helpers import PATIENCE_SECONDS
 from trainer.loop import Run, train
@@ -22,7 +22,8 @@ def train_here():
         base = Path(config.base)
         alone = Ranks(0, 1, torch.device("cpu"))
         tokenizer = open_tokenizer(base, "base")
-        source = source_of(config.model_copy(update={"train": settings}), tokenizer)
+        config = config.model_copy(update={"train": settings})
+        source = source_of(config, open_scores(config), tokenizer)
         final = train(Run(settings, config.context, base, source, tokenizer, alone, evaluate))
         return final, read_rows(settings.output)
 

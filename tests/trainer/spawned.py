@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.train import source_of
+from pipeline.train import open_scores, source_of
 from schemas.models import open_tokenizer
 from trainer.loop import Run, train
 from trainer.ranks import Ranks
@@ -12,7 +12,8 @@ from trainer.ranks import Ranks
 
 def run_job(config, settings, base, ranks):
     tokenizer = open_tokenizer(base, "base")
-    source = source_of(config.model_copy(update={"train": settings}), tokenizer)
+    config = config.model_copy(update={"train": settings})
+    source = source_of(config, open_scores(config), tokenizer)
     return train(Run(settings, config.context, base, source, tokenizer, ranks))
 
 

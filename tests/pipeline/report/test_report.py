@@ -22,12 +22,15 @@ from pipeline.report.build import (
     compute_curve,
     contrast,
     headline,
+    origin,
     ratio,
+    read_cost,
     smooth,
     speed_up,
 )
 from pipeline.report.chart import short, ticks
-from schemas.config import Config
+from pipeline.report.text import judge_documents
+from schemas.config import Config, Part
 from schemas.errors import UserError
 from schemas.receipt import Layout, read_dataset, read_receipts
 from schemas.shard import Window, encode_shard, open_shard, read_windows, shard_schema
@@ -236,6 +239,17 @@ def test_an_experiment_without_held_out_text_still_has_a_page(experiment: Config
         rows = [row for row in path.read_text().splitlines(keepends=True) if '"train"' in row]
         path.write_text("".join(rows))
     assert "give eval.target" in build_report(experiment).read_text()
+
+
+def test_every_score_dataset_that_a_run_read_is_named_and_paid_for(experiment: Config) -> None:
+    path = experiment.score.output
+    alone = read_cost(experiment)
+    parts = [Part(scores=[path], weight=2), Part(scores=[path, path], weight=1)]
+    mixed = experiment.model_copy(update={"train": experiment.train.model_copy(update={"mixture": parts})})
+    assert read_cost(mixed).scored == 3 * alone.scored > 0
+    assert dict(origin(mixed, alone))["scores"].count(str(path)) == 3
+    twice = experiment.model_copy(update={"train": experiment.train.model_copy(update={"scores": [path, path]})})
+    assert judge_documents(experiment) and not judge_documents(twice)
 
 
 def test_no_arm_is_a_user_error(make_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -63,13 +63,13 @@ def _take_over(store: ObjectStore, me: dict[str, Any], refusal: str) -> bool:
     """Whether a dead holder's lease became ours; false if it went away. Raises UserError if it is renewed."""
     try:
         url = store.path(LEASE)
-        version, seen = url.stat().version, store.read(LEASE)
+        found, seen = url.stat(), store.read(LEASE)
         limit = time.monotonic() + DEAD_SECONDS
         while time.monotonic() < limit and not _holder_died_here(seen):
             time.sleep(LOOK_SECONDS)
-            if url.stat().version != version:
+            if url.stat().version != found.version:
                 raise UserError(refusal, "wait for it, or choose another output")
-        return store.put_if_unchanged(LEASE, _text(me, 0), version)
+        return store.put_if_unchanged(LEASE, _text(me, 0), found)
     except FileNotFoundError:
         return False
 
@@ -87,10 +87,10 @@ def _beat(store: ObjectStore, me: dict[str, Any], stop: threading.Event) -> None
         beats += 1
         with suppress(Exception):  # the next beat may get through
             url = store.path(LEASE)
-            version = url.stat().version
+            found = url.stat()
             if not _is(store.read(LEASE), me):
                 return  # taken over while we were thought dead
-            store.put_if_unchanged(LEASE, _text(me, beats), version)
+            store.put_if_unchanged(LEASE, _text(me, beats), found)
 
 
 def _is(lease: bytes, me: dict[str, Any]) -> bool:

@@ -39,10 +39,14 @@ _answered: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What a store says of an object: its bytes, and its ETag, which changes when they do."""
+    """What a store says of an object: its bytes, and its ETag, which changes when they do.
+
+    mark: ETag and generation as obstore's conditional PUT wants them: S3 and Azure go by the first, GCS by the second.
+    """
 
     st_size: int
     version: str
+    mark: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -216,11 +220,11 @@ class ObjectStore:
             raise NotWritten(f"{url}: reads back differently from what was written; is another job writing here?")
         return same
 
-    def put_if_unchanged(self, name: str, content: bytes, version: str) -> bool:
-        """`put` in place of an object of that version; false if it is another now, or none."""
+    def put_if_unchanged(self, name: str, content: bytes, seen: Stat) -> bool:
+        """`put` in place of the object as it was `seen`; false if it is another now, or none."""
         from obstore.exceptions import PreconditionError
 
-        url, mode = self.path(name), {"e_tag": version}
+        url, mode = self.path(name), seen.mark
         try:
             ask(url, lambda client, obstore: obstore.put(client, url.key, content, mode=mode, use_multipart=False))
         except (PreconditionError, FileNotFoundError):
@@ -334,7 +338,8 @@ def _aws_profile(bucket: str) -> dict[str, Any]:
 
 
 def _stat(found: Any) -> Stat:
-    return Stat(st_size=found["size"], version=str(found["e_tag"] or found["version"] or found["last_modified"]))
+    mark = {name: found[name] for name in ("e_tag", "version") if found[name]}
+    return Stat(st_size=found["size"], version=next(iter(mark.values()), str(found["last_modified"])), mark=mark)
 
 
 def _reason(error: BaseException) -> str:

@@ -101,10 +101,10 @@ def test_what_the_bucket_gives_back_differently_is_not_written(root: Url, monkey
 def test_an_object_is_replaced_only_in_the_version_that_was_seen(root: Url) -> None:
     store = ObjectStore(root)
     store.put("lease", b"one")
-    version = (root / "lease").stat().version
-    assert store.put_if_unchanged("lease", b"two", version)
-    assert not store.put_if_unchanged("lease", b"three", version)
-    assert not store.put_if_unchanged("absent", b"three", version)
+    seen = (root / "lease").stat()
+    assert store.put_if_unchanged("lease", b"two", seen)
+    assert not store.put_if_unchanged("lease", b"three", seen)
+    assert not store.put_if_unchanged("absent", b"three", seen)
     assert store.read("lease") == b"two"
 
 

@@ -45,7 +45,7 @@ class OpenWebMath:
     documents: int = 6_315_233
     bytes: float = 16.4e9
     unpacked_bytes: float = 56.65e9
-    bytes_per_token: float = 3.5
+    bytes_per_token: float = 2.8
     start_seconds: float = 60.0
     survey_bytes_per_second: float = 1e9
 

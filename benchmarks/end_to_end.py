@@ -12,7 +12,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,18 +23,17 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM
 
-from benchmarks.scoring import one_by_one
+from benchmarks.overlap import overlapped, planned
+from benchmarks.peer import one_window
 from schemas.batch import collate, renumbered
-from schemas.config import Config
+from schemas.config import Config, Corpus
 from schemas.forward import forward
 from schemas.models import open_tokenizer
 from schemas.receipt import Layout
 from schemas.window import encode_documents
 from score_jobs.corpus import Document, read_documents
 from score_jobs.files import resolve
-from score_jobs.job import prepare
-from score_jobs.overlap import UNITS_AT_A_TIME, OverlappedWorker
-from score_jobs.plan import Unit, plan
+from score_jobs.overlap import OverlappedWorker
 from score_jobs.worker import Worker
 
 
@@ -56,7 +54,7 @@ def main(
         text = copy_documents(corpus or ["runs/demo/data/corpus/*"], documents, folder / "part.jsonl")
         config = config_of(model, folder, text.stat().st_size // units, window, batch_tokens, dtype, False)
         peer: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-        plain, ours = Loop(peer, config, text), Ours(config, "plain")
+        plain, ours = Loop(peer, config, text), Ours(config)
         ways: dict[str, Callable[[], int]] = {
             "Hugging Face loop": plain.run,
             "ours": ours.run,
@@ -64,7 +62,7 @@ def main(
         }
         if compile:
             ways["ours, compiled"] = Ours(
-                config_of(model, folder, text.stat().st_size // units, window, batch_tokens, dtype, True), "compiled"
+                config_of(model, folder, text.stat().st_size // units, window, batch_tokens, dtype, True)
             ).run
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(rounds + 1):
@@ -84,8 +82,6 @@ def main(
 
 def copy_documents(paths: list[str], count: int, path: Path) -> Path:
     """The first good documents as a shard of their own."""
-    from schemas.config import Corpus
-
     corpus = Corpus(paths=paths)
     rows = (row for row in read_documents(resolve(corpus)[0], corpus) if isinstance(row, Document))
     path.write_text("".join(json.dumps({"url": row.id, "text": row.text}) + "\n" for row in islice(rows, count)))
@@ -120,7 +116,7 @@ class Loop:
         for line in self.text.open():
             document = json.loads(line)
             for ids in encode_documents(self.tokenizer, [document["text"]], self.config.context)[0]:
-                losses = one_by_one(self.model, ids, "cpu")
+                losses = one_window(self.model, ids, "cpu")
                 for name, value in zip(found, (document["url"], ids, losses.astype(np.float16)), strict=True):
                     found[name].append(value)
         pq.write_table(pa.table(found), self.text.with_suffix(".parquet"), compression="zstd")
@@ -130,24 +126,18 @@ class Loop:
 class Ours:
     """A worker of the product, its model loaded."""
 
-    def __init__(self, config: Config, name: str):
-        self.layout, self.name, self.number = Layout(config.score.output), name, 0
-        self.layout.make()
-        job = prepare(config, self.layout)
-        found = plan(
-            config.corpus, job.fingerprint, config.score.unit_bytes, self.layout.root / ".inventory", lambda a, b: None
-        )
-        self.units: list[Unit] = found.units
+    def __init__(self, config: Config):
+        self.root, self.number = config.score.output, 0
+        job, self.units = planned(config)
         self.worker = OverlappedWorker(lambda: Worker(job))
         self.windows = [ids for unit in self.units for ids in self.worker.worker.read(unit).windows]
 
     def run(self) -> int:
         """Tokens scored, into a dataset of its own."""
         self.number += 1
-        self.worker.worker.layout = layout = Layout(self.layout.root / str(self.number))
+        self.worker.worker.layout = layout = Layout(self.root / str(self.number))
         layout.make()
-        with ThreadPoolExecutor(UNITS_AT_A_TIME) as callers:
-            return sum(receipt.tokens for receipt in callers.map(self.worker.score, self.units))
+        return sum(receipt.tokens for receipt in overlapped(self.worker, self.units))
 
     def body(self) -> int:
         """The same windows through the model's body alone, in the engine's own batches."""

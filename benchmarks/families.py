@@ -22,11 +22,11 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from benchmarks.peer import one_window
 from schemas.batch import collate, renumbered
 from schemas.errors import UserError
 from schemas.forward import Opened
@@ -175,12 +175,7 @@ def make_windows() -> list[np.ndarray]:
 def alone(folder: Path) -> list[np.ndarray]:
     """The truth: the family's own forward of one window after the other, PyTorch's own cross-entropy."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found = []
-    for window in make_windows():
-        ids = torch.from_numpy(window)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        found.append(cross_entropy(logits, ids[1:], reduction="none").numpy())
-    return found
+    return [one_window(model, window, "cpu")[1:] for window in make_windows()]
 
 
 @torch.no_grad()

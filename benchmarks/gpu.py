@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.peer import one_window
 from schemas.attention import varlen_attn
 from schemas.batch import Batch, collate, renumbered
 from schemas.forward import Opened, forward
@@ -161,11 +161,11 @@ def open_engine(folder: Path, setting: Setting, dtype: str, **settings: Any) -> 
 def law_5(folder: Path, setting: Setting, windows: list[np.ndarray], engine: PackedEngine, table: Table) -> None:
     """The engine against a plain Hugging Face forward in float32; boundaries must be what the probe found."""
     exact = open_engine(folder, setting, "float32")
-    truth = [one_window(exact.model.module, ids, setting.device) for ids in windows]
+    truth = [one_window(exact.model.module, ids, setting.device)[1:] for ids in windows]
     found = [scored.loss[1:] for scored in exact.score(windows)]
     table.check("law 5, float32, the worst loss", largest(found, truth), EXACT_NATS)
     # Random weights pay attention little attention, so what bfloat16 may do is measured, not assumed.
-    plain = mean([one_window(engine.model.module, ids, setting.device) for ids in windows], truth)
+    plain = mean([one_window(engine.model.module, ids, setting.device)[1:] for ids in windows], truth)
     table.note("a plain bfloat16 forward, the mean", f"{plain:.2g} nats")
     found = [scored.loss[1:] for scored in engine.score(windows)]
     table.check("law 5, bfloat16, the mean", mean(found, truth), ROUNDED_FACTOR * plain)
@@ -175,14 +175,6 @@ def law_5(folder: Path, setting: Setting, windows: list[np.ndarray], engine: Pac
     table.check(f"windows are kept apart by boundaries ({engine.model.isolation})", 0.0 if told else np.inf, 0.0)
     if setting.device == "cuda":
         table.check("torch has the kernel that takes them", np.inf if varlen_attn is None else 0.0, 0.0)
-
-
-@torch.inference_mode()
-def one_window(module: Any, ids: np.ndarray, device: str) -> np.ndarray:
-    """The peer: full logits of one window, float32 cross-entropy. float32 [length - 1]."""
-    tokens = torch.from_numpy(ids).to(device)
-    logits = module(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
-    return cross_entropy(logits, tokens[1:], reduction="none").cpu().numpy()
 
 
 def scoring(setting: Setting, windows: list[np.ndarray], engine: PackedEngine, table: Table) -> None:

@@ -87,26 +87,27 @@ def main(
             "score": {"model": str(model), "dtype": "bfloat16", "unit_bytes": unit_bytes},
             "train": {"epochs": 1},
         }
-        config = Config.model_validate(raw)
-        layout = Layout(config.score.output)
-        layout.make()
-        job = prepare(config, layout)
-        found = plan(
-            config.corpus, job.fingerprint, unit_bytes, layout.root / layout.INVENTORY, lambda done, total: None
-        )
+        job, every = planned(Config.model_validate(raw))
         worker.open_engine = lambda *settings: PlayedGpu(rate)  # type: ignore[assignment]
-        todo = found.units[:units]
+        todo = every[:units]
         ways: dict[str, Callable[[Worker], list[Receipt]]] = {
             "one after the other": lambda alone: [alone.score(unit) for unit in todo],
-            "overlapped": lambda one: overlapped(one, todo),
+            "overlapped": lambda one: overlapped(OverlappedWorker(lambda: one), todo),
         }
         for number, (name, way) in enumerate(ways.items()):
             measure(name, way, job, Layout(Path(folder) / str(number)))
 
 
-def overlapped(one: Worker, units: list[Unit]) -> list[Receipt]:
+def planned(config: Config) -> tuple[Job, list[Unit]]:
+    """A scoring job as `tokensift score` begins it, and its units."""
+    layout = Layout(config.score.output)
+    layout.make()
+    job, inventory = prepare(config, layout), layout.root / layout.INVENTORY
+    return job, plan(config.corpus, job.fingerprint, config.score.unit_bytes, inventory, lambda done, total: None).units
+
+
+def overlapped(both: OverlappedWorker, units: list[Unit]) -> list[Receipt]:
     """As the pool does it: the next unit is asked for when one is done."""
-    both = OverlappedWorker(lambda: one)
     with ThreadPoolExecutor(UNITS_AT_A_TIME) as callers:
         return list(callers.map(both.score, units))
 
@@ -124,9 +125,8 @@ def measure(name: str, way: Callable[[Worker], list[Receipt]], job: Job, layout:
     texts = " | ".join(f"{step:.2f}" for step in steps)
     # Nothing can lie beside the reading of the first unit and the writing of the last: their part falls with more units.
     later = outside_forward(receipt.seconds for receipt in receipts[1:])
-    print(
-        f"| {name} | {tokens / seconds:,.0f} | {texts} | {seconds:.2f} | {1 - steps[2] / seconds:.1%} | {later:.1%} |"
-    )
+    after = "-" if later is None else f"{later:.1%}"
+    print(f"| {name} | {tokens / seconds:,.0f} | {texts} | {seconds:.2f} | {1 - steps[2] / seconds:.1%} | {after} |")
 
 
 if __name__ == "__main__":

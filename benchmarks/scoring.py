@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peer import one_window
 from schemas.config import Context, Corpus, Score
 from schemas.models import open_tokenizer
 from schemas.window import encode_documents
@@ -41,7 +42,7 @@ def main(
     fields = {"model": str(model), "output": "", "dtype": dtype, "batch_tokens": batch_tokens}
     engine = PackedEngine(model, window, Score.model_validate(fields), device)
     engine.score(windows[:2])
-    plain, plain_seconds = timed(lambda: [one_by_one(engine.model.module, ids, device) for ids in windows])
+    plain, plain_seconds = timed(lambda: [one_window(engine.model.module, ids, device) for ids in windows])
     packed, packed_seconds = timed(lambda: [scored.loss for scored in engine.score(windows)])
     worst = max(float(np.abs(a[1:] - b[1:]).max(initial=0)) for a, b in zip(plain, packed, strict=True))
     parameters = sum(parameter.numel() for parameter in engine.model.module.parameters())
@@ -68,15 +69,6 @@ def read(paths: list[str], model: Path, documents: int, window: int) -> list[np.
         texts = [row.text for row in rows if isinstance(row, Document)]
         windows += [piece for pieces in encode_documents(tokenizer, texts, context) for piece in pieces]
     return windows
-
-
-@torch.inference_mode()
-def one_by_one(model: torch.nn.Module, ids: np.ndarray, device: str) -> np.ndarray:
-    """The peer: full logits of one window, float32 cross-entropy."""
-    tokens = torch.from_numpy(ids).to(device)
-    logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-    return np.concatenate([[np.nan], losses.cpu().numpy()])
 
 
 def matmul_peak(dtype: torch.dtype, device: str, size: int = 2048) -> float:

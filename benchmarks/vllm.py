@@ -41,7 +41,8 @@ def main(
     """Measure and print."""
     import torch
 
-    from benchmarks.scoring import one_by_one, read
+    from benchmarks.peer import one_window
+    from benchmarks.scoring import read
     from schemas.models import open_model
 
     windows = read(corpus or ["runs/demo/data/corpus/*"], model, documents, window)
@@ -53,7 +54,7 @@ def main(
         losses = [engine.losses() for engine in engines]
     torch.set_num_threads(threads)
     truth_model = open_model(model, "--model", window, dtype=torch.float32, device="cpu").module
-    truth = np.concatenate([one_by_one(truth_model, ids, "cpu")[1:] for ids in windows])
+    truth = np.concatenate([one_window(truth_model, ids, "cpu")[1:] for ids in windows])
     best = np.array(times).min(axis=0)  # [engines, (wall, CPU)]
     table = Table(
         "engine", "tokens/s", "ratio", "tokens/s of CPU time", "ratio", "mean error, nats",

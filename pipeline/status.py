@@ -9,8 +9,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +17,7 @@ from typing import Any
 
 from pipeline.progress import say
 from schemas.lock import is_locked
+from schemas.place import each
 from schemas.receipt import Layout, read_complete, read_dataset
 from score_jobs.plan import Unit, known_units
 from score_jobs.progress import matmul_flops
@@ -25,7 +25,6 @@ from score_jobs.quarantine import read_reasons
 from score_jobs.rate import Done, active_seconds, busy_seconds, outside_forward, recent_rate
 
 RECENT_SECONDS = 300.0
-READERS, READ_TOGETHER = 16, 64  # receipts of an object store take a round trip each
 MOST_QUARANTINE_FILES = 1000
 
 
@@ -77,26 +76,22 @@ def status(layout: Layout) -> dict[str, Any]:
 
 def _read_receipts(layout: Layout) -> tuple[list[Look], int]:
     """Every receipt that can be parsed, and how many cannot."""
-    names = layout.committed()
-    chunks = [names[start : start + READ_TOGETHER] for start in range(0, len(names), READ_TOGETHER)]
-    with ThreadPoolExecutor(READERS) as readers:
-        found = [look for chunk in readers.map(lambda chunk: list(_looks(layout, chunk)), chunks) for look in chunk]
+    found = list(each(layout.root, lambda unit: _look(layout, unit), layout.committed()))
     return [look for look in found if look], sum(look is None for look in found)
 
 
-def _looks(layout: Layout, units: Iterable[str]) -> Iterator[Look | None]:
-    for unit in units:
-        try:
-            raw: dict[str, Any] = json.loads(layout.store.read(layout.name(layout.RECEIPTS, unit)))
-            yield Look(
-                unit=unit,
-                **{name: int(raw[name]) for name in ("documents", "quarantined", "tokens", "bytes")},
-                engine=dict(raw["engine"]),
-                seconds={name: float(value) for name, value in raw["seconds"].items()},
-                committed=float(raw["committed"]) if raw.get("committed") else None,
-            )
-        except Exception:  # bytes from a disk can be anything
-            yield None
+def _look(layout: Layout, unit: str) -> Look | None:
+    try:
+        raw: dict[str, Any] = json.loads(layout.store.read(layout.name(layout.RECEIPTS, unit)))
+        return Look(
+            unit=unit,
+            **{name: int(raw[name]) for name in ("documents", "quarantined", "tokens", "bytes")},
+            engine=dict(raw["engine"]),
+            seconds={name: float(value) for name, value in raw["seconds"].items()},
+            committed=float(raw["committed"]) if raw.get("committed") else None,
+        )
+    except Exception:  # bytes from a disk can be anything
+        return None
 
 
 def _plan(layout: Layout, fingerprint: dict[str, Any]) -> list[Unit] | None:

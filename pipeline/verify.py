@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.progress import bar
 from schemas.errors import UserError, first_line, printable
-from schemas.fingerprint import difference, digest
+from schemas.fingerprint import difference
 from schemas.place import Place
 from schemas.receipt import (
     HISTOGRAM_EDGES_NATS,
@@ -21,6 +21,7 @@ from schemas.receipt import (
     read_dataset,
     read_receipt,
 )
+from schemas.seal import digest
 from schemas.shard import Window, open_shard, read_group, shard_metadata
 from schemas.store import TEMPORARY_PREFIX
 

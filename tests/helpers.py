@@ -1,6 +1,7 @@
 """What tests share that is no fixture."""
 
 import json
+import socket
 from pathlib import Path
 
 from schemas.seal import seal
@@ -14,3 +15,10 @@ def edit_sealed(path: Path, **changes: object) -> None:
     content = json.loads(path.read_text()) | changes
     content.pop("hash", None)
     path.write_bytes(seal(content))
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

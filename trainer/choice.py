@@ -1,5 +1,7 @@
 """How the selection meets the data and the live model: what it reads, and when it is asked."""
 
+from collections.abc import Sequence
+
 import torch
 
 from schemas.errors import UserError
@@ -8,7 +10,7 @@ from trainer.head import Choose
 from trainer.live import Live, choose_none
 from trainer.ranks import Ranks
 from trainer.selection import OBJECTIVES, Selection
-from trainer.stream import CHANCE, MicroBatch, Step
+from trainer.stream import CHANCE, MicroBatch
 
 MAKE_COLUMN = {
     "ref_loss": "train on scores",
@@ -35,12 +37,11 @@ def chooser(selection: Selection, micro: MicroBatch, ranks: Ranks, known: torch.
 
 
 @torch.no_grad()
-def masks_ahead(live: Live, step: Step, selection: Selection, ranks: Ranks) -> torch.Tensor:
-    """Masks of this rank's part of a step, bool [micro-batches, rows, row_tokens], before any backward.
+def masks_ahead(live: Live, micros: Sequence[MicroBatch], selection: Selection, ranks: Ranks) -> torch.Tensor:
+    """Masks of this rank's part of a step, `micros` on its device: bool [micro-batches, rows, row_tokens], before any backward.
 
     An objective that asks for the live loss costs one more forward; a static one none.
     """
-    micros = [micro.to(ranks.device) for micro in step.micros]
     shape = micros[0].batch.ids.shape
     losses = [
         live(micro.batch, choose_none).losses if selection.objective.live else torch.empty(shape, device=ranks.device)

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from schemas.errors import UserError
-from schemas.fingerprint import difference, digest
+from schemas.fingerprint import difference
 from schemas.place import Place, each
 from schemas.receipt import Layout, Receipt, read_complete, read_dataset, read_receipts
+from schemas.seal import digest
 from schemas.shard import SCORE_AGAIN, Window, open_shard, read_group, shard_metadata
 from schemas.window import token_hashes
 from trainer.cache import Cache

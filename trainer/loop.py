@@ -193,14 +193,15 @@ def optimize(
     config, ranks, selection = run.config, run.ranks, run.selection
     seed = config.seed * 1_000_003 + state.step * 1_009 + ranks.rank  # of dropout, if it is asked for
     torch.manual_seed(seed)
-    masks = masks_ahead(live, step, selection, ranks) if selection.ahead else None
-    selected = selection.count([micro.counts for micro in step.micros]) if masks is None else ranks.sum(masks.sum())
+    micros = [micro.to(ranks.device) for micro in step.micros]
+    masks = masks_ahead(live, micros, selection, ranks) if selection.ahead else None
+    selected = selection.count([micro.counts for micro in micros]) if masks is None else ranks.sum(masks.sum())
     divisor = max(1, int(selected))
     stats, losses = StepStats(ranks.device), []
     torch.manual_seed(seed)  # again: tokens are trained on under the dropout that they were chosen under
-    for index, micro in enumerate(micro.to(ranks.device) for micro in step.micros):
+    for index, micro in enumerate(micros):
         if ranks.world > 1:
-            live.set_requires_gradient_sync(index == len(step.micros) - 1)  # type: ignore[operator]
+            live.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[operator]
         judged = live(micro.batch, chooser(selection, micro, ranks, None if masks is None else masks[index]))
         (judged.loss_sum / divisor).backward()
         losses.append(judged.losses)
@@ -212,12 +213,12 @@ def optimize(
     if row.pop("broken") or not torch.isfinite(norm):
         raise UserError(
             f"{config.output}: loss or gradient is not finite at step {state.step + 1}; its worst windows: "
-            + spelled(worst(step.micros, losses, ranks)),
+            + spelled(worst(micros, losses, ranks)),
             "lower train.learning_rate, or leave windows out (train.skip); the last checkpoint is untouched",
         )
     row["grad_norm"] = float(norm)
     if is_spike(row["grad_norm"], state.norms, config.skip_spikes or LOUD):
-        row["spike"] = worst(step.micros, losses, ranks)
+        row["spike"] = worst(micros, losses, ranks)
     if not (config.skip_spikes and "spike" in row):
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from schemas.errors import UserError
-from schemas.fingerprint import digest
+from schemas.seal import digest
 from schemas.shard import Window
 from trainer.data import Placed, Source, ordered
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from schemas.errors import UserError
-from schemas.fingerprint import difference, digest
+from schemas.fingerprint import difference
+from schemas.seal import digest
 from schemas.shard import Window
 from trainer.data import ScoreShards
 

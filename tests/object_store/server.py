@@ -11,6 +11,8 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.helpers import free_port
+
 KINDS = ("refused", "refused though done", "cut in the request", "answer lost", "cut in the answer", "late")
 BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive"}
@@ -22,9 +24,7 @@ class Server:
     """moto's S3 over HTTP."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         settings = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)}
         self.process = subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

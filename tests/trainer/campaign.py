@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from schemas.config import Config
 from schemas.models import open_tokenizer
+from tests.helpers import free_port
 from trainer.data import ScoreShards
 from trainer.loop import Run, train
 from trainer.ranks import joined
@@ -46,9 +46,7 @@ class Campaign:
 
     def start(self, output, deadly=None):
         """Fork the ranks; `deadly` is (call number, before or after) at which the first one dies."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         pids = []
         for rank in range(self.ranks):
             pid = os.fork()

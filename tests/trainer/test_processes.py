@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import PATIENCE_SECONDS
+from tests.helpers import PATIENCE_SECONDS, free_port
 from tests.trainer.conftest import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,9 +154,7 @@ def last_line(process):
 
 
 def test_a_rank_that_loses_another_says_so():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     waiting = join_in_script(0, port, "with r.joined() as ranks: ranks.wait(); ranks.wait()")
     dying = join_in_script(1, port, "with r.joined() as ranks: ranks.wait(); os._exit(9)")
     assert dying.wait(PATIENCE_SECONDS) == 9

@@ -57,9 +57,7 @@ def mutate(module: Path) -> None:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, COPY / name)
     others = [name for name in (*PACKAGES, *ALSO) if name != module.parts[0]]
-    text = CONFIG.format(
-        package=module.parts[0], module=module, others="\n  ".join(others), tests="\n  ".join(tests)
-    )
+    text = CONFIG.format(package=module.parts[0], module=module, others="\n  ".join(others), tests="\n  ".join(tests))
     (COPY / "setup.cfg").write_text(text)
     run = mutmut("run", "--max-children", "1")
     lines = [line.strip().rpartition(": ") for line in mutmut("results", "--all", "true").splitlines() if ": " in line]

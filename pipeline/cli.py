@@ -234,12 +234,17 @@ def eval_(
     models: Annotated[list[str] | None, typer.Argument(help="Model folders; default: all the experiment made.")] = None,
     config: ConfigOption = DEMO,
     set_: SetOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a model.")] = False,
 ) -> None:
-    """Held-out target-domain loss and exact match on held-out problems, for any checkpoint."""
+    """Held-out target-domain loss, exact match and ranked answers on held-out problems, for any checkpoint."""
     loaded = read_config(config, set_)
-    from pipeline.evaluate import evaluate_models
+    from pipeline.evaluate import evaluate_models, print_figures
 
-    evaluate_models(loaded, models or [])
+    rows = evaluate_models(loaded, models or [], show=not json_)
+    if json_:
+        sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        print_figures(rows)
 
 
 @app.command()

@@ -28,13 +28,14 @@ GENERATED_TOGETHER = 32
 class TargetLoss:
     """Mean loss of held-out texts given their prompts; tokenised once, then called on any live model."""
 
-    def __init__(self, path: Path, tokenizer: Any, context: Context, batch_tokens: int):
-        """Read JSON lines of {prompt, text}; tokens beyond `context.window` are not judged."""
+    def __init__(self, path: Path, tokenizer: Any, context: Context, batch_tokens: int, name: str = "target"):
+        """Read JSON lines of {prompt, text}; tokens beyond `context.window` are not judged. `name`: the field of `eval`."""
+        self.name = name
         self.windows: list[np.ndarray] = []
         self.prompts: list[int] = []
         self.bytes, self.row_tokens, self.rows = 0, context.window, max(1, batch_tokens // context.window)
         head = [tokenizer.bos_token_id] if context.bos else []
-        for row in read_rows(path, "eval.target", ("prompt", "text")):
+        for row in read_rows(path, f"eval.{name}", ("prompt", "text")):
             prompt = head + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
             text = tokenizer(row["text"], add_special_tokens=False)["input_ids"][: context.window - len(prompt)]
             if len(prompt) < context.window and text:
@@ -43,12 +44,12 @@ class TargetLoss:
                 self.bytes += len(tokenizer.decode(text).encode())
         if not self.windows:
             raise UserError(
-                f"eval.target: {path} has no row that fits in context.window ({context.window})", "raise the window"
+                f"eval.{name}: {path} has no row that fits in context.window ({context.window})", "raise the window"
             )
 
     @torch.no_grad()
     def __call__(self, live: Live) -> dict[str, float]:
-        """`target_loss` in nats/token and `target_bits_per_byte`."""
+        """`<name>_loss` in nats/token and `<name>_bits_per_byte`."""
         device = next(live.parameters()).device
         rows = live.opened.rows([len(window) for window in self.windows], self.row_tokens)
         rows += [[]] * (-len(rows) % self.rows)  # every batch of one shape
@@ -62,7 +63,26 @@ class TargetLoss:
             losses = live(batch.to(device), choose_none).losses
             nats += float(losses.nansum(dtype=torch.float64))
             tokens += int((batch.targets != IGNORE).sum())
-        return {"target_loss": nats / tokens, "target_bits_per_byte": nats / math.log(2) / self.bytes}
+        return {
+            f"{self.name}_loss": nats / tokens,
+            f"{self.name}_bits_per_byte": nats / math.log(2) / self.bytes,
+        }
+
+
+class HeldOutLosses:
+    """`TargetLoss` of each held-out set that the config names; no figures if it names none."""
+
+    def __init__(self, config: Config, tokenizer: Any):
+        named = {"target": config.eval.target, "validation": config.eval.validation}
+        self.sets = [
+            TargetLoss(path, tokenizer, config.context, config.eval.batch_tokens, name)
+            for name, path in named.items()
+            if path
+        ]
+
+    def __call__(self, live: Live) -> dict[str, float]:
+        """The figures of all sets."""
+        return {name: value for one in self.sets for name, value in one(live).items()}
 
 
 @torch.no_grad()
@@ -140,9 +160,7 @@ def evaluate_model(config: Config, folder: Path) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     opened = open_model(folder, "model", config.context.window, device=device)
     tokenizer = open_tokenizer(folder, "model")
-    figures: dict[str, float] = {}
-    if config.eval.target:
-        figures |= TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)(Live(opened))
+    figures = HeldOutLosses(config, tokenizer)(Live(opened))
     if config.eval.problems:
         figures |= exact_match(opened.module, tokenizer, config)
     return figures

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluate import TargetLoss
+from pipeline.evaluate import HeldOutLosses
 from pipeline.progress import bar, say
 from schemas.config import Config, Context, Corpus, Train
 from schemas.errors import UserError
@@ -68,9 +68,8 @@ def train_reference(config: Config) -> Path:
 
 def run_training(title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any) -> Path:
     """Run the trainer with a progress bar and held-out evaluation."""
-    evaluate = None
-    if config.eval.target:
-        evaluate = TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)
+    losses = HeldOutLosses(config, tokenizer)
+    evaluate = losses if losses.sets else None
     with joined() as ranks:
         try:
             with bar(title, show=ranks.first) as progress:

@@ -76,7 +76,7 @@ def run_training(title: str, config: Config, settings: Train, base: Path, source
 
                 def show(row: dict[str, Any], done: float) -> None:
                     loss = f"loss {row['loss_all']:.3f}, kept {row['loss_kept']:.3f}"
-                    speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+                    speed = f"{row['tokens_per_second']:,.0f} tokens/s ({row['mfu']:.0%} MFU)"
                     progress.update(done, f"{row['tokens_seen']:,} tokens, {speed}, {loss}")
 
                 return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show))

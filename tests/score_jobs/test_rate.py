@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from score_jobs.rate import Done, active_seconds, recent_rate
+from score_jobs.rate import Done, active_seconds, busy_seconds, outside_forward, recent_rate
 
 SPANS = st.lists(st.tuples(st.floats(0, 1000), st.floats(0, 50)), max_size=30)
 
@@ -49,3 +49,29 @@ def test_active_time_is_the_measure_of_the_union_of_the_units_times(spans: list[
         if any(unit.at - unit.seconds <= (left + right) / 2 <= unit.at for unit in done)
     )
     assert active_seconds(done) == pytest.approx(covered, abs=1e-6)
+
+
+OVERLAPPED = {"read": 7.0, "idle": 1.0, "score": 3.0, "write": 9.0}  # reading and writing lay beside other forwards
+IN_TURN = {"read": 1.0, "score": 2.0, "write": 0.5}
+
+
+def test_a_unit_keeps_its_worker_for_forward_and_wait_or_where_nothing_overlapped_for_all_it_did() -> None:
+    assert busy_seconds(OVERLAPPED) == 4.0
+    assert busy_seconds({"idle": 2.0, "read": 1.0}) == 2.0  # every document was quarantined: no forward
+    assert busy_seconds(IN_TURN) == 3.5
+
+
+def test_the_share_outside_the_forward_is_of_the_units_that_know_their_wait() -> None:
+    assert outside_forward([OVERLAPPED, IN_TURN, {"idle": 0.0, "score": 2.0}]) == pytest.approx(1 / 6, abs=5e-5)
+    assert outside_forward([{"idle": 1.0, "score": 29_999.0}]) == 0.0  # four places
+    assert outside_forward([IN_TURN]) is None
+    assert outside_forward([]) is None
+
+
+def test_the_rate_now_is_over_twice_the_last_units_time_where_that_is_longer_than_asked() -> None:
+    done = [
+        Done(at=1.0, seconds=1.0, tokens=10),
+        Done(at=5.0, seconds=4.0, tokens=10),
+        Done(at=8.0, seconds=3.0, tokens=10),
+    ]
+    assert recent_rate(done, 0.0, 9.0, seconds=1.0) == 20 / 6

@@ -17,7 +17,7 @@ WANDB_ID = "wandb-id"
 class Board(Protocol):
     """Draws figures of a step, by name."""
 
-    def draw(self, figures: dict[str, float], step: int) -> None:
+    def draw(self, figures: dict[str, int | float], step: int) -> None:
         """Add a point to each figure's curve."""
         ...
 
@@ -32,7 +32,7 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int):
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-    def draw(self, figures: dict[str, float], step: int) -> None:
+    def draw(self, figures: dict[str, int | float], step: int) -> None:
         """As `Board`."""
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
@@ -71,7 +71,7 @@ class WeightsAndBiases:
         # W&B's own steps may never go back; a resumed run's do.
         self.run.define_metric("*", step_metric="step")
 
-    def draw(self, figures: dict[str, float], step: int) -> None:
+    def draw(self, figures: dict[str, int | float], step: int) -> None:
         """As `Board`."""
         self.run.log({**figures, "step": step})
 

@@ -87,6 +87,9 @@ class Ranks:
             dist.barrier()
 
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the other processes of a torchrun, or be alone, while the block runs.

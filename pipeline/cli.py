@@ -234,12 +234,40 @@ def eval_(
     models: Annotated[list[str] | None, typer.Argument(help="Model folders; default: all the experiment made.")] = None,
     config: ConfigOption = DEMO,
     set_: SetOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a model.")] = False,
 ) -> None:
-    """Held-out target-domain loss and exact match on held-out problems, for any checkpoint."""
+    """Held-out target-domain loss, exact match and ranked answers on held-out problems, for any checkpoint."""
     loaded = read_config(config, set_)
-    from pipeline.evaluate import evaluate_models
+    from pipeline.evaluate import evaluate_models, print_figures
 
-    evaluate_models(loaded, models or [])
+    rows = evaluate_models(loaded, models or [], show=not json_)
+    if json_:
+        sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        print_figures(rows)
+
+
+@app.command()
+def dynamics(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Models or checkpoints, in order; default: the base and what the run kept (train.keep_every)."
+        ),
+    ] = None,
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    objective: Annotated[str | None, typer.Option(help="The run's objective; default: the config's.")] = None,
+    run: Annotated[str | None, typer.Option(help="The run's name; default: the objective.")] = None,
+    target: Annotated[bool, typer.Option("--target", help="Follow the texts of eval.target, not the corpus.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the corpus to follow.")] = 320_000,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; default: the run's.")] = None,
+) -> None:
+    """How single tokens' losses move over a run: H→L, L→H, H→H, L→L as in the paper, and what is selected when."""
+    loaded = read_config(config, set_, objective=objective, run=run)
+    from pipeline.dynamics import dynamics as follow
+
+    follow(loaded, models or [], target, tokens, output)
 
 
 @app.command()

@@ -1,6 +1,6 @@
-"""Held-out evaluation: loss on target-domain text and exact match on problems, for any checkpoint.
+"""Held-out evaluation of any checkpoint: loss on target-domain text; on problems, exact match and ranking of answers.
 
-Full-token perplexity gets worse under selective training by design, so neither is measured on the corpus.
+Full-token perplexity gets worse under selective training by design, so nothing is measured on the corpus.
 """
 
 import json
@@ -13,16 +13,19 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from pipeline.heldout import Continuations, read_rows
 from pipeline.progress import bar, console
-from schemas.batch import IGNORE, collate, renumbered
+from pipeline.ranking import Ranking
 from schemas.config import Config, Context
-from schemas.errors import UserError, first_line
+from schemas.errors import UserError
 from schemas.models import local_model, open_model, open_tokenizer
+from schemas.store import write_atomic
 from trainer.export import as_model
-from trainer.live import Live, choose_none
+from trainer.live import Live
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 GENERATED_TOGETHER = 32
+FIGURES = "evaluation.json"  # in train.output
 
 
 class TargetLoss:
@@ -30,39 +33,19 @@ class TargetLoss:
 
     def __init__(self, path: Path, tokenizer: Any, context: Context, batch_tokens: int):
         """Read JSON lines of {prompt, text}; tokens beyond `context.window` are not judged."""
-        self.windows: list[np.ndarray] = []
-        self.prompts: list[int] = []
-        self.bytes, self.row_tokens, self.rows = 0, context.window, max(1, batch_tokens // context.window)
-        head = [tokenizer.bos_token_id] if context.bos else []
-        for row in read_rows(path, "eval.target", ("prompt", "text")):
-            prompt = head + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-            text = tokenizer(row["text"], add_special_tokens=False)["input_ids"][: context.window - len(prompt)]
-            if len(prompt) < context.window and text:
-                self.windows.append(np.array(prompt + text, dtype=np.int64))
-                self.prompts.append(len(prompt))
-                self.bytes += len(tokenizer.decode(text).encode())
-        if not self.windows:
+        pairs = [(row["prompt"], row["text"]) for row in read_rows(path, "eval.target", ("prompt", "text"))]
+        self.texts = Continuations(pairs, tokenizer, context, batch_tokens)
+        self.bytes = sum(len(tokenizer.decode(text).encode()) for text in self.texts.texts())
+        if not self.texts.windows:
             raise UserError(
                 f"eval.target: {path} has no row that fits in context.window ({context.window})", "raise the window"
             )
 
-    @torch.no_grad()
     def __call__(self, live: Live) -> dict[str, float]:
         """`target_loss` in nats/token and `target_bits_per_byte`."""
-        device = next(live.parameters()).device
-        rows = live.opened.rows([len(window) for window in self.windows], self.row_tokens)
-        rows += [[]] * (-len(rows) % self.rows)  # every batch of one shape
-        nats = tokens = 0.0
-        for start in range(0, len(rows), self.rows):
-            chosen = rows[start : start + self.rows]
-            members = [index for row in chosen for index in row]
-            batch = collate([self.windows[index] for index in members], renumbered(chosen), self.row_tokens)
-            for index, place in zip(members, batch.places, strict=True):
-                batch.targets[place.row, place.start : place.start + self.prompts[index] - 1] = IGNORE
-            losses = live(batch.to(device), choose_none).losses
-            nats += float(losses.nansum(dtype=torch.float64))
-            tokens += int((batch.targets != IGNORE).sum())
-        return {"target_loss": nats / tokens, "target_bits_per_byte": nats / math.log(2) / self.bytes}
+        losses = np.concatenate(list(self.texts.losses(live).values()))
+        nats = float(losses.sum(dtype=np.float64))
+        return {"target_loss": nats / len(losses), "target_bits_per_byte": nats / math.log(2) / self.bytes}
 
 
 @torch.no_grad()
@@ -96,43 +79,43 @@ def answers(text: str, gold: str) -> bool:
         return False
 
 
-def read_rows(path: Path, field: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """JSON lines that all have `keys`. Raises UserError naming file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{field}: {path} cannot be read ({first_line(error)})", "mend the path or the file") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({key: row[key] for key in keys})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}:{number}: not a JSON object with {', '.join(keys)} ({first_line(error)})", f"mend {field}"
-            ) from error
-    return rows
+def evaluate_models(config: Config, models: list[str], show: bool = True) -> list[dict[str, Any]]:
+    """Figures of models; without names, of the base, the reference and every finished arm.
 
-
-def evaluate_models(config: Config, models: list[str]) -> list[dict[str, Any]]:
-    """Evaluate and print; without names, the base, the reference and every finished arm."""
-    if not (config.eval.target or config.eval.problems):
-        raise UserError("field `eval`: nothing to evaluate on", "give eval.target or eval.problems")
+    Then they are also kept in `train.output`, for the report. `show`: progress is shown.
+    """
+    if not (config.eval.target or config.eval.problems or config.eval.choices):
+        raise UserError("field `eval`: nothing to evaluate on", "give eval.target, eval.problems or eval.choices")
     arms = sorted(str(path.parent) for path in config.train.output.glob("*/final/config.json"))
     rows = []
-    with bar("evaluate") as progress:
+    with bar("evaluate", show) as progress:
         chosen = models or [config.base, config.score.model, *arms]
         for number, name in enumerate(chosen):
             progress.update(number / len(chosen), name)
             with as_model(local_model(name)) as folder:
                 rows.append({"model": name, **evaluate_model(config, folder)})
-    table = Table("model", "nats/token", "bits/byte", "exact match")
+    if not models:
+        write_atomic(config.train.output / FIGURES, (json.dumps(rows, indent=1) + "\n").encode())
+    return rows
+
+
+def print_figures(rows: list[dict[str, Any]]) -> None:
+    """The figures of models as a table."""
+    table = Table("model", "nats/token", "bits/byte", "exact match", "acc", "acc_norm")
     for row in rows:
         match = f"{row['exact_match']:.1%} of {row['problems']}" if "exact_match" in row else "-"
+        ranked = [
+            f"{row[name]:.1%} ± {row[f'{name}_stderr']:.1%}" if name in row else "-" for name in ("acc", "acc_norm")
+        ]
         table.add_row(row["model"], f"{row.get('target_loss', float('nan')):.3f}",
-                      f"{row.get('target_bits_per_byte', float('nan')):.3f}", match)  # fmt: skip
+                      f"{row.get('target_bits_per_byte', float('nan')):.3f}", match, *ranked)  # fmt: skip
     console.print(table)
-    return rows
+    if any("acc" in row for row in rows):
+        row = next(row for row in rows if "acc" in row)
+        console.print(
+            f"acc: the right answer is likelier than its distractors; acc_norm: by the mean of a token. {row['ranked']}"
+            f" problems, ± one standard error; guessing gives {row['chance']:.1%}"
+        )
 
 
 def evaluate_model(config: Config, folder: Path) -> dict[str, float]:
@@ -143,6 +126,8 @@ def evaluate_model(config: Config, folder: Path) -> dict[str, float]:
     figures: dict[str, float] = {}
     if config.eval.target:
         figures |= TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)(Live(opened))
+    if config.eval.choices:
+        figures |= Ranking(config.eval.choices, tokenizer, config.context, config.eval.batch_tokens)(Live(opened))
     if config.eval.problems:
         figures |= exact_match(opened.module, tokenizer, config)
     return figures

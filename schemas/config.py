@@ -197,10 +197,11 @@ class Reference(Section):
 
 
 class Evaluation(Section):
-    """Held-out material: JSON lines of {prompt, text} and of {prompt, answer}."""
+    """Held-out material: JSON lines of {prompt, text}, of {prompt, answer} and of {prompt, choices, right}."""
 
     target: Path | None = None
     problems: Path | None = None
+    choices: Path | None = Field(default=None, description="problems whose right answer is ranked among others")
     batch_tokens: int = Field(default=16_384, ge=1, le=MOST_TOKENS, description="tokens of one forward")
     new_tokens: int = Field(default=200, ge=1, description="longest answer generated to a problem")
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.evaluate import TargetLoss, answers, evaluate_models, exact_match, read_rows
+from pipeline.evaluate import TargetLoss, answers, evaluate_models, exact_match
+from pipeline.heldout import read_rows
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.forward import Opened
@@ -105,5 +106,5 @@ def test_a_row_that_lacks_a_field_is_named_with_its_line(tmp_path: Path) -> None
 
 
 def test_a_config_without_held_out_material_is_told_which_field_to_give(scores: Config) -> None:
-    with pytest.raises(UserError, match=r"eval\.target or eval\.problems"):
+    with pytest.raises(UserError, match=r"eval\.target, eval\.problems or eval\.choices"):
         evaluate_models(scores, [])

@@ -1,0 +1,78 @@
+"""Held-out rows: read from JSON lines, tokenised once, judged by any live model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from schemas.batch import IGNORE, collate, renumbered
+from schemas.config import Context
+from schemas.errors import UserError, first_line
+from trainer.live import Live, choose_none
+
+
+class Continuations:
+    """Texts that follow prompts, as windows of at most `context.window` tokens, BOS first if `context` says so.
+
+    judged: numbers of the pairs that have a token to predict within the window. cut: numbers of those that do not fit.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, str]], tokenizer: Any, context: Context, batch_tokens: int):
+        """Tokenise (prompt, text) pairs, each part by itself."""
+        head = [tokenizer.bos_token_id] if context.bos else []
+        self.row_tokens, self.rows = context.window, max(1, batch_tokens // context.window)
+        self.windows: dict[int, np.ndarray] = {}
+        self.starts: dict[int, int] = {}  # where the tokens begin that are judged
+        self.cut: set[int] = set()
+        for number, (prompt, text) in enumerate(pairs):
+            before = head + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            tokens = before + tokenizer(text, add_special_tokens=False)["input_ids"]
+            start = max(1, len(before))
+            if len(tokens) > context.window:
+                self.cut.add(number)
+            if start < min(len(tokens), context.window):
+                self.windows[number] = np.array(tokens[: context.window], dtype=np.int64)
+                self.starts[number] = start
+
+    def texts(self) -> list[list[int]]:
+        """The tokens that are judged, pair by pair."""
+        return [window[self.starts[number] :].tolist() for number, window in self.windows.items()]
+
+    @torch.no_grad()
+    def losses(self, live: Live) -> dict[int, np.ndarray]:
+        """Float32 nats of the tokens of each text, given the prompt and the text before them."""
+        device = next(live.parameters()).device
+        numbers = list(self.windows)
+        rows = live.opened.rows([len(window) for window in self.windows.values()], self.row_tokens)
+        rows += [[]] * (-len(rows) % self.rows)  # every batch of one shape
+        found: dict[int, np.ndarray] = {}
+        for first in range(0, len(rows), self.rows):
+            chosen = rows[first : first + self.rows]
+            members = [numbers[index] for row in chosen for index in row]
+            batch = collate([self.windows[number] for number in members], renumbered(chosen), self.row_tokens)
+            for number, place in zip(members, batch.places, strict=True):
+                batch.targets[place.row, place.start : place.start + self.starts[number] - 1] = IGNORE
+            judged = batch.gather(live(batch.to(device), choose_none).losses)
+            found |= {number: values[self.starts[number] :] for number, values in zip(members, judged, strict=True)}
+        return found
+
+
+def read_rows(path: Path, field: str, keys: tuple[str, ...], more: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """JSON lines that all have `keys`; of `more` what there is. Raises UserError naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{field}: {path} cannot be read ({first_line(error)})", "mend the path or the file") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in keys} | {key: row[key] for key in more if key in row})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}:{number}: not a JSON object with {', '.join(keys)} ({first_line(error)})", f"mend {field}"
+            ) from error
+    return rows

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +14,15 @@ from trainer.data import Source, Stretch
 READERS = 4
 Place = tuple[int, int]  # a window's epoch and key
 Found = dict[Place, Window]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A window and its place: `key` is its number in stored order, whatever the `epoch`."""
+
+    epoch: int
+    key: int
+    window: Window
 
 
 class Ahead:
@@ -41,10 +51,10 @@ class Ahead:
             if places := self.wanted.pop(group, None):
                 self.coming |= dict.fromkeys(places, self.readers.submit(self._read, group, places))
 
-    def take(self, windows: Stretch) -> list[Window]:
+    def take(self, windows: Stretch) -> list[Placed]:
         """The windows, which must have been asked for. Raises UserError naming a shard that is damaged."""
         places = [place for _, place in self._places(windows)]
-        return [self.coming.pop(place).result()[place] for place in places]
+        return [Placed(*place, self.coming.pop(place).result()[place]) for place in places]
 
     def close(self) -> None:
         """Leave no thread behind."""

@@ -42,9 +42,13 @@ class Mixture:
         shares = [float(weight) for weight in weights]
         self.fingerprint = digest([[s.fingerprint, share] for s, share in zip(sources, shares, strict=True)])
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each window, int32 [windows], source after source."""
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
         return np.concatenate([source.lengths for source in self.sources])
 
     def index(self, ranks: Ranks) -> None:

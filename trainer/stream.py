@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from schemas.batch import Batch, RowFiller, collate
-from schemas.shard import Window
-from trainer.ahead import Ahead
+from trainer.ahead import Ahead, Placed
 from trainer.data import Source, Stretch, block_windows, ordered
 from trainer.mixture import Mixture
 
@@ -27,15 +26,6 @@ JOIN_SECONDS = 60
 
 
 MOST_AHEAD = 1 << 18  # windows that are planned ahead, however rarely a mixture comes to the end of a block
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A window and its place: `key` is its number in stored order, whatever the `epoch`."""
-
-    epoch: int
-    key: int
-    window: Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +88,14 @@ class Order:
     shuffle_groups: int
     columns: tuple[str, ...] = ()
     skip: Sequence[tuple[int, int]] = ()
+
+    def windows(self, position: int) -> Iterator[tuple[int, Placed]]:
+        """Places and windows from `position` on, without end, a stretch read at a time: for a look, not for training."""
+        with closing(Ahead(self.source, self.source.columns)) as ahead:
+            for place, stretch in self.stretches(position):
+                ahead.want(stretch)
+                ahead.ask(stretch)
+                yield from enumerate(ahead.take(stretch), place)
 
     def stretches(self, position: int) -> Iterator[tuple[int, Stretch]]:
         """Windows from `position` on, without end, and the place of each stretch's first."""
@@ -218,8 +216,7 @@ def _step(plan: Plan, ahead: Ahead, order: Order, geometry: Geometry) -> Step:
 
 
 def _micro_batch(share: Share, ahead: Ahead, order: Order, row_tokens: int) -> MicroBatch:
-    windows = zip(share.own.epochs.tolist(), share.own.keys.tolist(), ahead.take(share.own), strict=True)
-    placed = [Placed(*item) for item in windows]
+    placed = ahead.take(share.own)
     edges = np.cumsum([0, *share.sizes]).tolist()
     rows = [range(start, end) for start, end in pairwise(edges)]
     batch = collate([item.window.tokens for item in placed], rows, row_tokens)

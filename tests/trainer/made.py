@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 
 from schemas.shard import Window
-from trainer.stream import Placed
+from trainer.ahead import Placed
 
 
 class Made:

@@ -21,8 +21,9 @@ from schemas.receipt import Layout
 from schemas.shard import Window, encode_shard, open_shard, read_windows, shard_metadata
 from tests.helpers import edit_sealed
 from tests.trainer.made import Made, made, of_all, plainly_ordered, plainly_packed, spread_out, window
+from trainer.ahead import Placed
 from trainer.data import ScoreShards, ordered
-from trainer.stream import PREFETCHED_STEPS, Geometry, Order, Placed, chance, plans, prefetched, steps
+from trainer.stream import PREFETCHED_STEPS, Geometry, Order, chance, plans, prefetched, steps
 
 COLUMNS = ("ref_loss", "chance")
 PARTS = st.lists(st.integers(1, 9), min_size=1, max_size=7)

@@ -29,9 +29,9 @@ from schemas.attention import varlen_attn
 from schemas.batch import Batch, collate, renumbered
 from schemas.forward import Opened, forward
 from schemas.loss import batch_losses, token_losses
+from schemas.matmul import matmul_peak
 from schemas.models import open_model
 from score_jobs.engines.packed import PackedEngine
-from score_jobs.engines.peak import matmul_peak
 from trainer.live import Live, choose_none
 from trainer.optimizer import adamw
 from trainer.ranks import Ranks

@@ -106,7 +106,7 @@ def data(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption
     from pipeline.demo.data import build
 
     folder = data_folder(loaded)
-    files = build(folder, loaded.train.seed, scale)["files"]
+    files = build(folder, loaded.train.seed, scale, loaded.demo)["files"]
     say(f"data: {len(files)} files, {sum(f['bytes'] for f in files.values()) / 1e6:.1f} MB in {folder}")
 
 

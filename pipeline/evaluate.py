@@ -31,21 +31,41 @@ FIGURES = "evaluation.json"  # in train.output
 class TargetLoss:
     """Mean loss of held-out texts given their prompts; tokenised once, then called on any live model."""
 
-    def __init__(self, path: Path, tokenizer: Any, context: Context, batch_tokens: int):
-        """Read JSON lines of {prompt, text}; tokens beyond `context.window` are not judged."""
-        pairs = [(row["prompt"], row["text"]) for row in read_rows(path, "eval.target", ("prompt", "text"))]
+    def __init__(self, path: Path, tokenizer: Any, context: Context, batch_tokens: int, name: str = "target"):
+        """Read JSON lines of {prompt, text}; tokens beyond `context.window` are not judged. `name`: the field of `eval`."""
+        self.name = name
+        pairs = [(row["prompt"], row["text"]) for row in read_rows(path, f"eval.{name}", ("prompt", "text"))]
         self.texts = Continuations(pairs, tokenizer, context, batch_tokens)
         self.bytes = sum(len(tokenizer.decode(text).encode()) for text in self.texts.texts())
         if not self.texts.windows:
             raise UserError(
-                f"eval.target: {path} has no row that fits in context.window ({context.window})", "raise the window"
+                f"eval.{name}: {path} has no row that fits in context.window ({context.window})", "raise the window"
             )
 
     def __call__(self, live: Live) -> dict[str, float]:
-        """`target_loss` in nats/token and `target_bits_per_byte`."""
+        """`<name>_loss` in nats/token and `<name>_bits_per_byte`."""
         losses = np.concatenate(list(self.texts.losses(live).values()))
         nats = float(losses.sum(dtype=np.float64))
-        return {"target_loss": nats / len(losses), "target_bits_per_byte": nats / math.log(2) / self.bytes}
+        return {
+            f"{self.name}_loss": nats / len(losses),
+            f"{self.name}_bits_per_byte": nats / math.log(2) / self.bytes,
+        }
+
+
+class HeldOutLosses:
+    """`TargetLoss` of each held-out set that the config names; no figures if it names none."""
+
+    def __init__(self, config: Config, tokenizer: Any):
+        named = {"target": config.eval.target, "validation": config.eval.validation}
+        self.sets = [
+            TargetLoss(path, tokenizer, config.context, config.eval.batch_tokens, name)
+            for name, path in named.items()
+            if path
+        ]
+
+    def __call__(self, live: Live) -> dict[str, float]:
+        """The figures of all sets."""
+        return {name: value for one in self.sets for name, value in one(live).items()}
 
 
 @torch.no_grad()
@@ -123,9 +143,7 @@ def evaluate_model(config: Config, folder: Path) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     opened = open_model(folder, "model", config.context.window, device=device)
     tokenizer = open_tokenizer(folder, "model")
-    figures: dict[str, float] = {}
-    if config.eval.target:
-        figures |= TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)(Live(opened))
+    figures = HeldOutLosses(config, tokenizer)(Live(opened))
     if config.eval.choices:
         figures |= Ranking(config.eval.choices, tokenizer, config.context, config.eval.batch_tokens)(Live(opened))
     if config.eval.problems:

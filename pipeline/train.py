@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluate import TargetLoss
+from pipeline.evaluate import HeldOutLosses
 from pipeline.progress import bar, say
 from schemas.config import Config, Context, Corpus, Train
 from schemas.errors import UserError
@@ -68,16 +68,15 @@ def train_reference(config: Config) -> Path:
 
 def run_training(title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any) -> Path:
     """Run the trainer with a progress bar and held-out evaluation."""
-    evaluate = None
-    if config.eval.target:
-        evaluate = TargetLoss(config.eval.target, tokenizer, config.context, config.eval.batch_tokens)
+    losses = HeldOutLosses(config, tokenizer)
+    evaluate = losses if losses.sets else None
     with joined() as ranks:
         try:
             with bar(title, show=ranks.first) as progress:
 
                 def show(row: dict[str, Any], done: float) -> None:
                     loss = f"loss {row['loss_all']:.3f}, kept {row['loss_kept']:.3f}"
-                    speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+                    speed = f"{row['tokens_per_second']:,.0f} tokens/s ({row['mfu']:.0%} MFU)"
                     progress.update(done, f"{row['tokens_seen']:,} tokens, {speed}, {loss}")
 
                 return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show))

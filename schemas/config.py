@@ -199,11 +199,26 @@ class Reference(Section):
 class Evaluation(Section):
     """Held-out material: JSON lines of {prompt, text}, of {prompt, answer} and of {prompt, choices, right}."""
 
-    target: Path | None = None
+    target: Path | None = Field(default=None, description="test texts: what a claim is measured on")
+    validation: Path | None = Field(
+        default=None, description="texts apart from the test's: what settings are chosen on"
+    )
     problems: Path | None = None
     choices: Path | None = Field(default=None, description="problems whose right answer is ranked among others")
     batch_tokens: int = Field(default=16_384, ge=1, le=MOST_TOKENS, description="tokens of one forward")
     new_tokens: int = Field(default=200, ge=1, description="longest answer generated to a problem")
+
+
+class Demo(Section):
+    """What the demo makes, in bytes of UTF-8 text at scale 1; nothing else reads it."""
+
+    manuals: int = Field(default=1_900_000, gt=0, description="pages of the corpus")
+    problems: int = Field(default=400_000, ge=0, description="worked problems hidden in these pages")
+    solutions: int = Field(default=200_000, ge=0, description="solutions, right and wrong, hidden in these pages")
+    curated_problems: int = Field(default=500_000, ge=0, description="worked problems of the curated corpus")
+    curated_solutions: int = Field(default=350_000, ge=0, description="right solutions of the curated corpus")
+    base_manuals: int = Field(default=2_500_000, gt=0, description="pages that the base model is trained on")
+    base_epochs: float = Field(default=0.8, gt=0)
 
 
 class Config(Section):
@@ -218,6 +233,7 @@ class Config(Section):
     score: Score
     train: Train
     eval: Evaluation = Evaluation()
+    demo: Demo = Demo()
 
     @property
     def parts(self) -> list[Part]:

@@ -57,6 +57,8 @@ def forward(model: Opened, batch: Batch) -> torch.Tensor:
     if told:
         named |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch.bounds)
         named |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest)
+        # Else transformers looks for windows in the positions, and waits for the device to say what it found.
+        named["attention_mask"] = torch.ones_like(batch.ids, dtype=torch.bool)
     with casting(model), bounded() if told else nullcontext():
         output = body(input_ids=batch.ids, use_cache=False, **named)
     return output.last_hidden_state if model.linear else output.logits
@@ -74,5 +76,5 @@ def casting(model: Opened) -> Iterator[None]:
     parameter = next(model.module.parameters())
     # A parameter sharded by FSDP is cast by its own policy.
     cast = parameter.dtype != model.compute and not hasattr(parameter, "full_tensor")
-    with torch.autocast(parameter.device.type, model.compute, enabled=cast):
+    with torch.autocast(parameter.device.type, model.compute) if cast else nullcontext():
         yield

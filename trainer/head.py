@@ -31,10 +31,17 @@ class KeptLoss(torch.autograd.Function):
     """Sum over kept rows of the cross-entropy of `hidden @ weight.T`; equals a masked cross-entropy (law 11)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, choose: Choose):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        choose: Choose,
+        count: int | None = None,
+    ):
         """hidden [n, d], weight [vocab, d], targets [n]; `choose` maps losses [n] to a mask [n] of kept rows.
 
-        Returns (sum of kept losses in nats, losses float32 [n] with NaN where unpredicted, mask).
+        count: how many it keeps; the backward asks the device, and waits for it, if that is not known. Returns (sum of kept losses in nats, losses float32 [n] with NaN where unpredicted, mask).
         """
         fits = hidden.shape[0] * weight.shape[0] * hidden.element_size() <= KEPT_BYTES
         stored = hidden.new_empty(hidden.shape[0], weight.shape[0]) if fits and ctx.needs_input_grad[0] else None
@@ -49,7 +56,8 @@ class KeptLoss(torch.autograd.Function):
         mask = choose(losses)
         ctx.save_for_backward(hidden, weight, targets, mask, stored)
         ctx.mark_non_differentiable(losses, mask)
-        return losses[mask].sum(), losses, mask
+        ctx.count = count
+        return torch.where(mask, losses, 0.0).sum(), losses, mask
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any):  # type: ignore[override]
@@ -57,7 +65,8 @@ class KeptLoss(torch.autograd.Function):
         hidden, weight, targets, mask, stored = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in torch.nonzero(mask).squeeze(1).split(CHUNK_TOKENS):
+        found = torch.nonzero(mask) if ctx.count is None else torch.nonzero_static(mask, size=ctx.count)
+        for rows in found.squeeze(1).split(CHUNK_TOKENS):
             kept = hidden[rows]
             log_p = log_probabilities(kept, weight) if stored is None else stored[rows].float()
             chunk = log_p.exp_()
@@ -65,4 +74,4 @@ class KeptLoss(torch.autograd.Function):
             chunk = chunk.mul_(grad).to(hidden.dtype)
             grad_hidden[rows] = chunk @ weight
             grad_weight += (chunk.T @ kept).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None

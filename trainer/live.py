@@ -37,8 +37,11 @@ class Live(nn.Module):
         self.model = opened.module
         self.opened = opened
 
-    def forward(self, batch: Batch, choose: Choose) -> Judged:
-        """Run a batch; `choose` sees float32 losses in nats, NaN where nothing is predicted, and gives a mask."""
+    def forward(self, batch: Batch, choose: Choose, count: int | None = None) -> Judged:
+        """Run a batch; `choose` sees float32 losses in nats, NaN where nothing is predicted, and gives a mask.
+
+        count: how many tokens the mask will hold, if that is known.
+        """
         output, targets = forward(self.opened, batch).flatten(0, 1), batch.targets.flatten()
         if self.opened.linear:
             # Losses of the head are float32 whatever the dtype, so autocast ends before it.
@@ -49,12 +52,13 @@ class Live(nn.Module):
                 weight.to(compute),
                 targets,
                 lambda losses: choose(losses.view_as(batch.targets)).flatten(),
+                count,
             )
             loss_sum, losses, mask = kept
         else:
             losses = losses_of_logits(output, targets).loss
             mask = choose(losses.detach().view_as(batch.targets)).flatten()
-            loss_sum = losses[mask].sum()
+            loss_sum = torch.where(mask, losses, 0.0).sum()
         return Judged(loss_sum, losses.detach().view_as(batch.targets), mask.view_as(batch.targets))
 
 

@@ -1,5 +1,6 @@
 """The training loop: stream, forward, select, backward, step. Plain training is the case that selects everything."""
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ from schemas.config import Context, Train
 from schemas.errors import UserError
 from schemas.fingerprint import model_fingerprint, tokenizer_fingerprint
 from schemas.lock import locked
+from schemas.matmul import Weights, matmul_peak
 from schemas.models import open_model
 from trainer import checkpoint
 from trainer.checkpoint import State
-from trainer.choice import chooser, masks_ahead, require_columns
+from trainer.choice import choice, chosen_ahead, require_columns
 from trainer.data import Source
 from trainer.export import export
 from trainer.live import Live, parallelize, recompute
@@ -148,7 +150,8 @@ def loop(
     saver: Saver,
 ) -> State:
     """Steps until the run is done; returns the last state. Raises Stopped, with a checkpoint saved, if asked to."""
-    config = run.config
+    config, ranks = run.config, run.ranks
+    weights, peak = Weights.of(live.model), ranks.world * matmul_peak(live.opened.compute, str(ranks.device))
     while (done := progress(run, state.step, state.position, geometry)) < 1:
         started = time.perf_counter()
         step = next(stream)
@@ -157,8 +160,10 @@ def loop(
         rate = learning_rate(config, (done + progress(run, state.step + 1, step.position, geometry)) / 2)
         row = optimize(live, optimizer, step, run, state, rate)
         spike = row.pop("spike", None)
-        state = advance(state, step, int(row.pop("selected")), row["grad_norm"])
-        row |= figures(run, state, step, rate, time.perf_counter() - started, waited)
+        selected, seconds = int(row.pop("selected")), time.perf_counter() - started
+        state = advance(state, step, selected, row["grad_norm"])
+        row |= figures(run, state, step, rate, seconds, waited)
+        row["mfu"] = weights.step_flops(step.tokens, selected) / (seconds * peak)
         if log:
             log.write("train", state.step, row)
             if spike:
@@ -167,7 +172,7 @@ def loop(
         run.report(row, progress(run, state.step, state.position, geometry))
         if config.evaluate_every and state.step % config.evaluate_every == 0:
             evaluate(run, live, log, state)
-        status = run.ranks.greatest(stop.status or saver.failed)  # all ranks leave at the same step
+        status = ranks.greatest(stop.status or saver.failed)  # all ranks leave at the same step
         if status or state.step % config.checkpoint_every == 0:
             save(saver, log, state)
         if status:
@@ -195,29 +200,26 @@ def optimize(
     seed = config.seed * 1_000_003 + state.step * 1_009 + ranks.rank  # of dropout, if it is asked for
     torch.manual_seed(seed)
     micros = [micro.to(ranks.device) for micro in step.micros]
-    masks = masks_ahead(live, micros, selection, ranks) if selection.ahead else None
-    selected = selection.count([micro.counts for micro in micros]) if masks is None else ranks.sum(masks.sum())
-    divisor = max(1, int(selected))
+    chosen = chosen_ahead(live, micros, selection, ranks) if selection.ahead else None
+    divisor = chosen.every if chosen else max(1, selection.count([micro.counts for micro in micros]))
     stats, losses = StepStats(ranks.device), []
     torch.manual_seed(seed)  # again: tokens are trained on under the dropout that they were chosen under
     for index, micro in enumerate(micros):
         if ranks.world > 1:
             live.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[operator]
-        judged = live(micro.batch, chooser(selection, micro, ranks, None if masks is None else masks[index]))
+        judged = live(micro.batch, *choice(selection, micro, ranks, chosen, index))
         (judged.loss_sum / divisor).backward()
         losses.append(judged.losses)
         scores = selection.ranked(judged.losses, micro.columns)
         stats.add(judged.losses, judged.mask, micro.batch.targets != IGNORE, scores)
-    row = stats.means(ranks)
     norm: Any = torch.nn.utils.clip_grad_norm_(live.parameters(), config.clip)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if row.pop("broken") or not torch.isfinite(norm):
+    row = stats.means(ranks, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if row.pop("broken") or not math.isfinite(row["grad_norm"]):
         raise UserError(
             f"{config.output}: loss or gradient is not finite at step {state.step + 1}; its worst windows: "
             + spelled(worst(micros, losses, ranks)),
             "lower train.learning_rate, or leave windows out (train.skip); the last checkpoint is untouched",
         )
-    row["grad_norm"] = float(norm)
     if is_spike(row["grad_norm"], state.norms, config.skip_spikes or LOUD):
         row["spike"] = worst(micros, losses, ranks)
     if not (config.skip_spikes and "spike" in row):

@@ -2,6 +2,7 @@
 
 import json
 import resource
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ from trainer.ranks import Ranks
 SCORE_EDGES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # nats, of the histogram of what was ranked
 
 
+@cache
+def edges_of(device: torch.device) -> torch.Tensor:
+    """`SCORE_EDGES` on a device, copied there once."""
+    return torch.tensor(SCORE_EDGES, device=device)
+
+
 class StepStats:
-    """Figures of one optimizer step: summed over its micro-batches, then once over the ranks."""
+    """Figures of one optimizer step: summed over its micro-batches, then once over the ranks. Nothing is read back."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
         self.over = torch.zeros(len(SCORE_EDGES), dtype=torch.float64, device=device)
-        self.edges = torch.tensor(SCORE_EDGES, device=device)
+        self.edges = edges_of(device)
         self.lowest = torch.full((1,), torch.inf, device=device)
 
     @torch.no_grad()
@@ -28,40 +35,40 @@ class StepStats:
         self, losses: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor, scores: torch.Tensor | None
     ) -> None:
         """losses: float32 nats; mask: what is trained on; predicted: where there is a loss; scores: what was ranked."""
-        broken = predicted & ~torch.isfinite(losses)
-        kept, dropped = losses[mask], losses[predicted & ~mask]
-        self.sums += torch.stack(
-            [
-                kept.sum(dtype=torch.float64),
-                dropped.sum(dtype=torch.float64),
-                mask.sum().double(),
-                (predicted & ~mask).sum().double(),
-                broken.sum().double(),
-            ]
-        )
+        broken, rest = predicted & ~torch.isfinite(losses), predicted & ~mask
+        kept, dropped = (torch.where(of, losses, 0.0).sum(dtype=torch.float64) for of in (mask, rest))
+        self.sums += torch.stack([kept, dropped, *(of.sum().double() for of in (mask, rest, broken))])
         if scores is not None:
             self.over += ((scores.flatten()[:, None] >= self.edges) & predicted.flatten()[:, None]).sum(0)
             self.lowest = torch.minimum(self.lowest, torch.where(mask, scores, torch.inf).min())
 
-    def means(self, ranks: Ranks) -> dict[str, Any]:
+    def means(self, ranks: Ranks, norm: torch.Tensor) -> dict[str, Any]:
         """Losses in nats/token over all, kept and dropped tokens, and the realised keep ratio.
 
         `threshold` is the lowest score that was selected anywhere in the step (nats for `slm`), `score_over` the shares of
-        tokens whose score is at least each of `SCORE_EDGES`; None if none was ranked.
+        tokens whose score is at least each of `SCORE_EDGES`; None if none was ranked. `norm` is the gradient's: it comes
+        along so that the device is waited for once.
         """
-        kept, dropped, kept_count, dropped_count, broken, *over = ranks.sum(torch.cat([self.sums, self.over])).tolist()
-        lowest = float(ranks.least(self.lowest))
+        sums, lowest = ranks.sum(torch.cat([self.sums, self.over])), ranks.least(self.lowest)
+        found = read(torch.cat([sums, lowest.double(), norm.detach().double().view(1)]))
+        kept, dropped, kept_count, dropped_count, broken, *over, threshold, grad_norm = found
         every = kept_count + dropped_count
         return {
             "loss_all": (kept + dropped) / max(every, 1),
             "loss_kept": kept / max(kept_count, 1),
             "loss_dropped": dropped / dropped_count if dropped_count else None,
-            "threshold": lowest if lowest != float("inf") else None,
-            "score_over": [count / max(every, 1) for count in over] if lowest != float("inf") else None,
+            "threshold": threshold if threshold != float("inf") else None,
+            "score_over": [count / max(every, 1) for count in over] if threshold != float("inf") else None,
             "keep": kept_count / max(every, 1),
             "broken": broken,
             "selected": kept_count,
+            "grad_norm": grad_norm,
         }
+
+
+def read(values: torch.Tensor) -> list[float]:
+    """Values of the device, waited for: a step does so once, or twice where the masks of the whole step come first."""
+    return values.tolist()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -115,7 +115,9 @@ def threshold_of(keys: torch.Tensor, keep: float, ranks: Ranks = ALONE) -> tuple
         if room is None:
             room = torch.round(keep * above[-1].double()).long()
         place = (above < room).sum()
-        room = room - torch.where(place > 0, above[(place - 1).clamp_min(0)], 0)
+        # A slice, not a number: indexing by one would wait for the device.
+        higher = above.index_select(0, (place - 1).clamp_min(0)[None])[0]
+        room = room - torch.where(place > 0, higher, 0)
         prefix = (prefix << bits) + digits - 1 - place
     assert room is not None
     return prefix, room
@@ -127,19 +129,16 @@ def select_top_by_window(scores: torch.Tensor, window: torch.Tensor, keep: float
     Example, keep 0.5: scores 3 1 2 | 5 NaN 4 4 of windows 0 | 1 have quotas round(1.5) = 2 and 2, and keep 3 2 | 5 4,
     the earlier of the two fours.
     """
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    valid = torch.nonzero(~torch.isnan(scores)).squeeze(1)
-    if not len(valid):
-        return mask
+    counted = ~torch.isnan(scores)
+    owner = torch.where(counted, window.long(), torch.iinfo(torch.int64).max)  # what does not count comes last
     # Two stable sorts: by score, then by window; equal scores keep the order of positions.
-    order = valid[torch.argsort(scores[valid], descending=True, stable=True)]
-    order = order[torch.argsort(window[order], stable=True)]
-    _, counts = torch.unique_consecutive(window[order], return_counts=True)
-    first = torch.cumsum(counts, 0) - counts
-    rank = torch.arange(len(order), device=scores.device) - torch.repeat_interleave(first, counts)
-    quotas = torch.round(keep * counts.double()).long()
-    mask[order[rank < torch.repeat_interleave(quotas, counts)]] = True
-    return mask
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(owner[order], stable=True)]
+    sorted_owner = owner[order]
+    first, end = (torch.searchsorted(sorted_owner, sorted_owner, right=right) for right in (False, True))
+    rank = torch.arange(len(order), device=scores.device) - first
+    kept = rank < torch.round(keep * (end - first).double()).long()
+    return torch.empty_like(kept).scatter_(0, order, kept) & counted
 
 
 def _over_ranks(scores: torch.Tensor, _window: torch.Tensor, keep: float, ranks: Ranks) -> torch.Tensor:
@@ -211,6 +210,18 @@ class Selection:
             found = [self.scope.mask(scores[part], windows[part], self.keep, ranks) for part in parts]
             mask &= torch.cat(found).view_as(mask)
         return mask
+
+    def own_count(self, every: Sequence[int], own: Sequence[int], ranks: Ranks) -> int | None:
+        """Tokens that this rank keeps of a micro-batch, if they are known before any forward; else only its mask says.
+
+        every: valid tokens of each window of the micro-batch of all ranks; own: of this rank's.
+        """
+        if not self.objective.scores:
+            return sum(own)
+        if self.ahead:
+            return None
+        apart = self.scope.splits and not self.scope.whole  # each window has its own quota, whoever holds it
+        return self.scope.count(own if apart else every, self.keep) if apart or ranks.world == 1 else None
 
     def count(self, micros: Sequence[Sequence[int]]) -> int:
         """Tokens kept of a step on all ranks, known before any forward: what its loss is divided by.

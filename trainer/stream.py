@@ -44,7 +44,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`, copied without waiting."""
-        columns = {name: values.to(device, non_blocking=True) for name, values in self.columns.items()}
+        pinned = device.type == "cuda"
+        columns = {name: values.pin_memory() if pinned else values for name, values in self.columns.items()}
+        columns = {name: values.to(device, non_blocking=True) for name, values in columns.items()}
         return replace(self, batch=self.batch.to(device), columns=columns)
 
 

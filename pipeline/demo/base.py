@@ -40,7 +40,7 @@ def make_base(config: Config) -> Path:
     settings = Train(
         output=output,
         seed=config.train.seed,
-        epochs=0.8,
+        epochs=config.demo.base_epochs,
         tokens_per_step=2048,
         micro_rows=8,
         learning_rate=5e-3,

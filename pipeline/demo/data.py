@@ -2,9 +2,10 @@
 
 The corpus stands for OpenWebMath: manual pages (docstrings of numpy, sympy, networkx) with page furniture,
 and worked problems hidden between their sections: reasoning-gym's GSM templates and CHAMP's model-written
-answers, right and wrong. The curated corpus holds right worked answers only. Held-out templates and CHAMP
-problems occur nowhere else, and no 13 words of theirs in a row (`pipeline.demo.overlap`); the base model's pages come
-from modules that are not in the corpus.
+answers, right and wrong. The curated corpus holds right worked answers only. Test and validation text have templates and
+CHAMP problems of their own, which occur nowhere else, and no 13 words of theirs in a row (`pipeline.demo.overlap`): a
+learning rate is chosen on validation text, and what is claimed was measured on test text. The base model's pages come from
+modules that are not in the corpus.
 """
 
 import ast
@@ -16,6 +17,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -26,6 +28,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from pipeline.demo.overlap import HeldOut
+from schemas.config import Demo
 from schemas.errors import UserError
 
 PACKAGES = ("networkx", "numpy", "sympy")
@@ -33,31 +36,29 @@ SOURCES = (*PACKAGES, "champ-dataset", "reasoning-gym")
 COLUMNS = ("url", "text", "date", "metadata")
 SHARDS = 2
 ZSTD_LEVEL = 9
-# Bytes of UTF-8 text at scale 1; tuned so that three training arms fit in minutes on two cores.
-CORPUS_MANUALS, CORPUS_GSM, CORPUS_CHAMP = 1_900_000, 400_000, 200_000
-BASE_MANUALS, CURATED_GSM, CURATED_CHAMP = 2_500_000, 500_000, 350_000
 TARGET_GSM, TARGET_CHAMP, EXACT_MATCH = 120, 40, 40
-HELDOUT_SHARE = 0.25
+VALIDATION_GSM, VALIDATION_CHAMP = 60, 20
+TEST_SHARE, VALIDATION_SHARE = 0.25, 0.15  # of templates and of CHAMP problems
 GSM_SUFFIX = " Give the result as your final answer. Do not include units."
-RECIPE = 5  # raise when other text is made, so that old folders are rebuilt
+RECIPE = 6  # raise when other text is made, so that old folders are rebuilt
 PAGE_BYTES = (800, 2_000, 5_000, 12_000)
 
 Row = dict[str, Any]
 
 
 class Sources:
-    """The raw problems, split once by seed: `templates` and `problems` are what training text may use."""
+    """The raw problems, split once by seed: `templates` and `problems` are what each kind of text may use."""
 
     def __init__(self, seed: int) -> None:
-        """Read CHAMP's JSON and list reasoning-gym's templates; shuffle each and hold out a quarter."""
+        """Read CHAMP's JSON and list reasoning-gym's templates; share each out by `split`."""
         from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
 
         self.seed = seed
         rng = random.Random(f"{seed} split")
         path = metadata.distribution("champ-dataset").locate_file("champ_dataset/dataset_files/v0.json")
         self.champ: dict[str, Row] = json.loads(Path(str(path)).read_text(encoding="utf-8"))["problems"]
-        self.heldout_templates, self.templates = hold_out(rng, [int(task) for task in tasks_ok])
-        self.heldout_problems, self.problems = hold_out(rng, sorted(self.champ))
+        self.templates = split(rng, [int(task) for task in tasks_ok])
+        self.problems = split(rng, sorted(self.champ))
 
     def gsm(self, purpose: int, templates: set[Any]) -> Iterator[tuple[int, str, str, str]]:
         """Endless distinct (template, prompt, worked answer, number); another `purpose`, other items."""
@@ -77,7 +78,7 @@ class Sources:
     def champ_outputs(self, rng: random.Random) -> dict[str, bool]:
         """Model-written solutions of training problems in random order; true if the result is the right number."""
         told: dict[str, bool] = {}
-        for problem in sorted(self.problems):
+        for problem in sorted(self.problems.train):
             row = self.champ[problem]
             for setting, talk in sorted(row["conversations"].items()):
                 said = [turn["text"] for turn in talk["messages"] if turn["role"].startswith("Model.") and turn["text"]]
@@ -93,10 +94,21 @@ class Sources:
         return ask(self.champ[problem]["_text"]), answer("\n".join([*steps, f"#### {self.champ[problem]['_answer']}"]))
 
 
-def hold_out(rng: random.Random, items: list[Any]) -> tuple[set[Any], set[Any]]:
-    """(held out, rest)."""
-    kept = set(rng.sample(items, round(len(items) * HELDOUT_SHARE)))
-    return kept, set(items) - kept
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Disjoint sets of templates or problems."""
+
+    train: set[Any]
+    validation: set[Any]
+    test: set[Any]
+
+
+def split(rng: random.Random, items: list[Any]) -> Split:
+    """A quarter for testing, a part for validation, the rest for training."""
+    test = rng.sample(items, round(len(items) * TEST_SHARE))
+    rest = [item for item in items if item not in test]
+    validation = rng.sample(rest, round(len(items) * VALIDATION_SHARE))
+    return Split(set(rest) - set(validation), set(validation), set(test))
 
 
 def ask(question: str) -> str:
@@ -200,50 +212,58 @@ def documents(rng: random.Random, site: str, found: list[tuple[str, int, list[st
     return rows
 
 
-def corpora(sources: Sources, held: HeldOut, scale: float) -> dict[str, list[Row]]:
+def corpora(sources: Sources, held: HeldOut, sizes: Demo, scale: float) -> dict[str, list[Row]]:
     """File name (below the folder) to rows, for the three corpora; what touches held-out text is left out."""
     rng = random.Random(f"{sources.seed} corpora")
     rng.shuffle(files := modules())
     half = len(files) // 2
-    gsm = held.without(prompt + text for _, prompt, text, _ in sources.gsm(1, sources.templates))
+    gsm = held.without(prompt + text for _, prompt, text, _ in sources.gsm(1, sources.templates.train))
     told = {text: right for text, right in sources.champ_outputs(rng).items() if not held.touches(text)}
-    chosen = dict.fromkeys(until((text for text, right in told.items() if right), CURATED_CHAMP * scale))
+    chosen = dict.fromkeys(until((text for text, right in told.items() if right), sizes.curated_solutions * scale))
     left = (text for text in told if text not in chosen)
-    hidden = [*until(gsm, CORPUS_GSM * scale), *until(left, CORPUS_CHAMP * scale)]
-    noisy = documents(rng, "corpus", list(pages(rng, files[:half], held, CORPUS_MANUALS * scale)), hidden)
-    clean = documents(rng, "base", list(pages(rng, files[half:], held, BASE_MANUALS * scale)), [])
+    hidden = [*until(gsm, sizes.problems * scale), *until(left, sizes.solutions * scale)]
+    noisy = documents(rng, "corpus", list(pages(rng, files[:half], held, sizes.manuals * scale)), hidden)
+    clean = documents(rng, "base", list(pages(rng, files[half:], held, sizes.base_manuals * scale)), [])
     made = {f"corpus/owm-style-{i:05}.jsonl.zst": noisy[i :: 2 * SHARDS] for i in range(SHARDS)}
     made |= {f"corpus/owm-style-{i:05}.parquet": noisy[i :: 2 * SHARDS] for i in range(SHARDS, 2 * SHARDS)}
     return made | {
         "base/pages.jsonl.zst": clean,
-        "reference/curated.jsonl.zst": curated(sources, chosen, held, rng, scale),
+        "reference/curated.jsonl.zst": curated(sources, chosen, held, rng, sizes.curated_problems * scale),
     }
 
 
-def curated(sources: Sources, chosen: Iterable[str], held: HeldOut, rng: random.Random, scale: float) -> list[Row]:
+def curated(sources: Sources, chosen: Iterable[str], held: HeldOut, rng: random.Random, budget: float) -> list[Row]:
     """Worked answers of training templates, CHAMP's chosen right answers and its experts' solutions."""
-    gsm = held.without(prompt + text for _, prompt, text, _ in sources.gsm(2, sources.templates))
-    experts = held.without("".join(sources.champ_expert(problem)) for problem in sorted(sources.problems))
-    texts = [*until(gsm, CURATED_GSM * scale), *chosen, *experts]
+    gsm = held.without(prompt + text for _, prompt, text, _ in sources.gsm(2, sources.templates.train))
+    experts = held.without("".join(sources.champ_expert(problem)) for problem in sorted(sources.problems.train))
+    texts = [*until(gsm, budget), *chosen, *experts]
     rng.shuffle(texts)
     return [{"id": f"curated-{i:05}", "text": text} for i, text in enumerate(texts)]
 
 
 def heldout(sources: Sources, scale: float) -> dict[str, list[Row]]:
-    """Target-domain items (loss on `text` given `prompt`) and exact-match problems."""
-    drawn = sources.gsm(3, sources.heldout_templates)
-    target = [
-        {"id": f"gsm-{i:04}", "source": "gsm_symbolic", "template": template, "prompt": prompt, "text": text}
-        for i, (template, prompt, text, _) in enumerate(islice(drawn, max(1, round(TARGET_GSM * scale))))
-    ]
-    for problem in sorted(sources.heldout_problems)[: max(1, round(TARGET_CHAMP * scale))]:
-        prompt, text = sources.champ_expert(problem)
-        target.append({"id": problem, "source": "champ", "prompt": prompt, "text": text})
+    """Test and validation items of the target domain (loss on `text` given `prompt`) and exact-match problems."""
+    drawn = sources.gsm(3, sources.templates.test)
+    target = items(drawn, sources, sources.problems.test, TARGET_GSM * scale, TARGET_CHAMP * scale)
     problems = [
         {"id": f"exact-{i:04}", "template": template, "prompt": prompt, "answer": number}
         for i, (template, prompt, _, number) in enumerate(islice(drawn, max(1, round(EXACT_MATCH * scale))))
     ]
-    return {"heldout/target.jsonl": target, "heldout/problems.jsonl": problems}
+    drawn = sources.gsm(4, sources.templates.validation)
+    validation = items(drawn, sources, sources.problems.validation, VALIDATION_GSM * scale, VALIDATION_CHAMP * scale)
+    return {"heldout/target.jsonl": target, "heldout/validation.jsonl": validation, "heldout/problems.jsonl": problems}
+
+
+def items(drawn: Iterator[Any], sources: Sources, champ: set[str], gsm_count: float, champ_count: float) -> list[Row]:
+    """Items of {prompt, text}: the next of the `drawn` worked problems, then the experts' solutions of `champ`."""
+    rows: list[Row] = [
+        {"id": f"gsm-{i:04}", "source": "gsm_symbolic", "template": template, "prompt": prompt, "text": text}
+        for i, (template, prompt, text, _) in enumerate(islice(drawn, max(1, round(gsm_count))))
+    ]
+    for problem in sorted(champ)[: max(1, round(champ_count))]:
+        prompt, text = sources.champ_expert(problem)
+        rows.append({"id": problem, "source": "champ", "prompt": prompt, "text": text})
+    return rows
 
 
 def encode(name: str, rows: list[Row]) -> bytes:
@@ -257,16 +277,15 @@ def encode(name: str, rows: list[Row]) -> bytes:
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(lines) if name.endswith(".zst") else lines
 
 
-def intact(folder: Path, seed: int, scale: float) -> dict[str, Any] | None:
-    """The manifest if it is there, was made with the same settings, and every file still matches."""
+def intact(folder: Path, made: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest if it is there, says that the same was `made`, and every file still matches."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        same = [manifest[key] for key in ("recipe", "seed", "scale", "sources")] == [RECIPE, seed, scale, versions()]
         sums = {name: facts["sha256"] for name, facts in manifest["files"].items()}
         whole = all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == sums[name] for name in sums)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if same and whole else None
+    return manifest if whole and {key: manifest.get(key) for key in made} == made else None
 
 
 def versions() -> dict[str, dict[str, str]]:
@@ -281,27 +300,34 @@ def versions() -> dict[str, dict[str, str]]:
     }
 
 
-def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
+def build(folder: Path, seed: int = 0, scale: float = 1.0, sizes: Demo | None = None) -> dict[str, Any]:
     """Make the demo's data in `folder` unless it is there and intact; returns the manifest (bytes per file).
 
     `scale` multiplies the amount of text; 1 is about 2.5 MB of corpus. Raises UserError on a foreign folder.
     """
-    if manifest := intact(folder, seed, scale):
+    sizes = sizes or Demo()
+    made = {"recipe": RECIPE, "seed": seed, "scale": scale, "sizes": sizes.model_dump(), "sources": versions()}
+    if manifest := intact(folder, made):
         return manifest
     if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
         raise UserError(f"demo data: {folder} holds files that the demo did not make", "name an empty folder by root")
-    made_from, sources, files = versions(), Sources(seed), {}
+    sources, files = Sources(seed), {}
     judged = heldout(sources, scale)
     held = HeldOut(row["prompt"] + row.get("text", "") for rows in judged.values() for row in rows)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    for name, rows in (corpora(sources, held, scale) | judged).items():
+    for name, rows in (corpora(sources, held, sizes, scale) | judged).items():
         data = encode(name, rows)
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).write_bytes(data)
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "documents": len(rows)}
-    kept = {"gsm_templates": sorted(sources.heldout_templates), "champ_problems": sorted(sources.heldout_problems)}
-    made = {"recipe": RECIPE, "seed": seed, "scale": scale, "sources": made_from}
+    kept = {
+        part: {"gsm_templates": sorted(templates), "champ_problems": sorted(problems)}
+        for part, templates, problems in (
+            ("test", sources.templates.test, sources.problems.test),
+            ("validation", sources.templates.validation, sources.problems.validation),
+        )
+    }
     manifest = {"files": files, "heldout": kept, **made}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)

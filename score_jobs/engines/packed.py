@@ -12,9 +12,9 @@ from schemas.batch import Place, collate, gather, renumbered
 from schemas.errors import UserError, first_line
 from schemas.forward import decoder_layers
 from schemas.loss import Losses, batch_losses
+from schemas.matmul import matmul_peak
 from schemas.models import open_model
 from score_jobs.engines import Scored
-from score_jobs.engines.peak import matmul_peak
 
 if TYPE_CHECKING:
     from schemas.config import Score

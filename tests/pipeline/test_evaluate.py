@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.evaluate import TargetLoss, answers, evaluate_models, exact_match
+from pipeline.evaluate import HeldOutLosses, TargetLoss, answers, evaluate_models, exact_match
 from pipeline.heldout import read_rows
 from schemas.config import Config
 from schemas.errors import UserError
@@ -57,6 +57,19 @@ def test_the_target_loss_is_the_plain_forwards_mean_over_the_texts_tokens_given_
     )
     assert found["target_loss"] == pytest.approx(nats / tokens, abs=1e-5)
     assert found["target_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, abs=1e-5)
+
+
+def test_each_held_out_set_has_figures_of_its_own(scores: Config, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    one, other = write_rows(tmp_path / "a.jsonl", ROWS[:1]), write_rows(tmp_path / "b.jsonl", ROWS[1:])
+    sets = {"target": one, "validation": other}
+    config = scores.model_copy(update={"eval": scores.eval.model_copy(update=sets)})
+    live = Live(Opened(module=model, linear=True, isolation="packed", compute=torch.float32))
+    found = HeldOutLosses(config, tokenizer)(live)
+    assert found == {
+        **TargetLoss(one, tokenizer, config.context, config.eval.batch_tokens)(live),
+        **TargetLoss(other, tokenizer, config.context, config.eval.batch_tokens, "validation")(live),
+    }
+    assert found["target_loss"] != found["validation_loss"]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pipeline.progress
 import pipeline.score
 from pipeline.status import status
 from schemas.config import Config
+from schemas.matmul import matmul_peak
 from schemas.receipt import Layout, Receipt, read_receipts
-from score_jobs.engines.peak import matmul_peak
 from score_jobs.estimate import Estimate
 from score_jobs.plan import Unit
 from score_jobs.progress import Heart, Progress
@@ -80,7 +80,7 @@ def test_a_heart_that_cannot_write_stops_no_job(tmp_path: Path) -> None:
 def test_the_peak_is_no_less_than_what_a_product_of_its_own_kind_reaches() -> None:
     import torch
 
-    from score_jobs.engines.peak import _product_seconds
+    from schemas.matmul import _product_seconds
 
     a = torch.ones(256, 256)
     reached = 2 * 256**3 / min(_product_seconds(a) for _ in range(3))

@@ -26,7 +26,7 @@ from trainer.ranks import joined
 # What makes bytes, names or their absence durable.
 STEPS = ("fsync", "rename", "replace", "rmdir", "unlink", "mkdir")
 HANG_SECONDS = 300
-TIMES = ("tokens_per_second", "data_wait", "peak_memory")
+TIMES = ("tokens_per_second", "data_wait", "peak_memory", "mfu")
 
 
 def prepare(config, folder, **fields):

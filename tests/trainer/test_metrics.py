@@ -14,6 +14,7 @@ from trainer.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NAN = float("nan")
+NORM = torch.tensor(0.5)
 
 
 class OfTwo:
@@ -40,7 +41,7 @@ SECOND = ([[8.0, 16.0, NAN]], [[False, True, False]], [[True, True, False]], [[-
 
 
 def test_figures_are_means_over_all_kept_and_dropped_tokens_of_a_step():
-    assert stats_of(FIRST, SECOND).means(ALONE) == {
+    assert stats_of(FIRST, SECOND).means(ALONE, NORM) == {
         "loss_all": 31 / 5,
         "loss_kept": 21 / 3,
         "loss_dropped": 10 / 2,
@@ -49,45 +50,46 @@ def test_figures_are_means_over_all_kept_and_dropped_tokens_of_a_step():
         "keep": 3 / 5,
         "broken": 0.0,
         "selected": 3.0,
+        "grad_norm": 0.5,
     }
 
 
 def test_figures_of_ranks_are_those_of_all_their_tokens():
-    found = stats_of(FIRST, SECOND).means(OfTwo())
+    found = stats_of(FIRST, SECOND).means(OfTwo(), NORM)
     assert (found["loss_all"], found["loss_kept"], found["loss_dropped"], found["keep"]) == (31 / 5, 7, 5, 3 / 5)
     assert (found["selected"], found["threshold"]) == (6, -7)
-    assert found["score_over"] == stats_of(FIRST, SECOND).means(ALONE)["score_over"]
+    assert found["score_over"] == stats_of(FIRST, SECOND).means(ALONE, NORM)["score_over"]
 
 
 def test_what_has_no_tokens_or_was_not_ranked_has_no_figure():
-    found = stats_of(([2.0, 4.0], [True, True], [True, True], None)).means(ALONE)
+    found = stats_of(([2.0, 4.0], [True, True], [True, True], None)).means(ALONE, NORM)
     assert (found["loss_all"], found["loss_kept"], found["loss_dropped"], found["threshold"]) == (3, 3, None, None)
     assert found["score_over"] is None
-    empty = stats_of(([NAN], [False], [False], [NAN])).means(ALONE)
+    empty = stats_of(([NAN], [False], [False], [NAN])).means(ALONE, NORM)
     assert (empty["loss_all"], empty["loss_kept"], empty["keep"], empty["selected"]) == (0, 0, 0, 0)
     assert (empty["loss_dropped"], empty["threshold"]) == (None, None)
 
 
 def test_a_single_token_is_its_own_mean():
-    found = stats_of(([2.0, 5.0], [True, False], [True, True], [1.0, 0.0])).means(ALONE)
+    found = stats_of(([2.0, 5.0], [True, False], [True, True], [1.0, 0.0])).means(ALONE, NORM)
     assert (found["loss_all"], found["loss_kept"], found["loss_dropped"], found["keep"]) == (3.5, 2, 5, 0.5)
-    found = stats_of(([2.0], [True], [True], None)).means(ALONE)
+    found = stats_of(([2.0], [True], [True], None)).means(ALONE, NORM)
     assert (found["loss_all"], found["loss_kept"], found["keep"]) == (2, 2, 1)
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 def test_losses_that_are_not_finite_are_counted_where_something_is_predicted(bad):
     losses, predicted = [bad, bad, 1.0, NAN], [True, True, True, False]
-    assert stats_of((losses, [True, False, True, False], predicted, None)).means(ALONE)["broken"] == 2
+    assert stats_of((losses, [True, False, True, False], predicted, None)).means(ALONE, NORM)["broken"] == 2
 
 
 def test_sums_over_a_step_do_not_lose_small_losses_beside_large_ones():
     losses = [2.0**25, *[1.0] * 64]
-    kept = stats_of((losses, [True] * 65, [True] * 65, None)).means(ALONE)
-    dropped = stats_of((losses, [False] * 65, [True] * 65, None)).means(ALONE)
+    kept = stats_of((losses, [True] * 65, [True] * 65, None)).means(ALONE, NORM)
+    dropped = stats_of((losses, [False] * 65, [True] * 65, None)).means(ALONE, NORM)
     assert kept["loss_kept"] == dropped["loss_dropped"] == (2**25 + 64) / 65
     one = ([1.0], [True], [True], None)
-    assert stats_of(([2.0**25], [True], [True], None), one).means(ALONE)["loss_kept"] == (2**25 + 1) / 2
+    assert stats_of(([2.0**25], [True], [True], None), one).means(ALONE, NORM)["loss_kept"] == (2**25 + 1) / 2
 
 
 def test_figures_are_gathered_where_the_losses_are():

@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from pipeline.demo.data import Sources, build
+from schemas.config import Demo
 from schemas.errors import UserError
 
 SCALE = 0.05
@@ -113,7 +114,7 @@ def test_no_13_words_of_a_heldout_item_stand_in_training_text_at_full_scale(tmp_
     assert shared_runs(tmp_path / "data", made) == []
     held = rows_below((tmp_path / "data", made), "heldout")
     assert (
-        len(held) == 200
+        len(held) == 280
         and sum("Problem:" in row["text"] for row in rows_below((tmp_path / "data", made), "corpus")) > 300
     )
 
@@ -122,21 +123,42 @@ def test_phrases_would_catch_a_leaked_template(made: tuple[Path, dict]) -> None:
     sources = Sources(3)
     known = phrases("\n".join(row["text"] for row in rows_below(made, "reference")))
     # A build this small does not use every template, so a quarter of many fresh items is enough.
-    prompts = [prompt for _, prompt, _, _ in islice(sources.gsm(3, sources.templates), 60)]
+    prompts = [prompt for _, prompt, _, _ in islice(sources.gsm(3, sources.templates.train), 60)]
     caught = [prompt for prompt in prompts if len(phrases(prompt) & known) > 0.5 * len(phrases(prompt))]
     assert len(caught) > len(prompts) / 4
 
 
-def test_heldout_items_come_from_heldout_templates_and_problems(made: tuple[Path, dict]) -> None:
-    kept, sources = made[1]["heldout"], Sources(3)
-    assert not sources.templates & set(kept["gsm_templates"]) and not sources.problems & set(kept["champ_problems"])
-    rows = read(made[0] / "heldout/target.jsonl")
-    champ = {row["id"] for row in rows if row["source"] == "champ"}
-    assert champ and champ <= set(kept["champ_problems"])
-    assert {row["template"] for row in rows if row["source"] == "gsm_symbolic"} <= set(kept["gsm_templates"])
+def test_test_validation_and_training_share_no_template_and_no_problem(made: tuple[Path, dict]) -> None:
+    sources = Sources(3)
+    for split, count in ((sources.templates, 85), (sources.problems, 270)):
+        assert len(split.train | split.validation | split.test) == count
+        assert len(split.train) + len(split.validation) + len(split.test) == count
+    for part, name in (("test", "target"), ("validation", "validation")):
+        kept = made[1]["heldout"][part]
+        assert kept["gsm_templates"] == sorted(getattr(sources.templates, part))
+        assert kept["champ_problems"] == sorted(getattr(sources.problems, part))
+        rows = read(made[0] / f"heldout/{name}.jsonl")
+        champ = {row["id"] for row in rows if row["source"] == "champ"}
+        assert champ and champ <= set(kept["champ_problems"])
+        assert {row["template"] for row in rows if row["source"] == "gsm_symbolic"} <= set(kept["gsm_templates"])
     problems = read(made[0] / "heldout/problems.jsonl")
     assert problems and all(float(row["answer"]) is not None for row in problems)
-    assert not {row["prompt"] for row in problems} & {row["prompt"] for row in rows}
+    assert {row["template"] for row in problems} <= set(made[1]["heldout"]["test"]["gsm_templates"])
+    assert not {row["prompt"] for row in problems} & {row["prompt"] for row in read(made[0] / "heldout/target.jsonl")}
+
+
+def test_more_noise_is_more_pages_around_the_same_problems(made: tuple[Path, dict], tmp_path: Path) -> None:
+    sizes = Demo()
+    noisy = build(tmp_path / "noisy", 3, SCALE, sizes.model_copy(update={"manuals": 2 * sizes.manuals}))
+    heldout = [name for name in noisy["files"] if name.startswith("heldout")]
+    assert all(noisy["files"][name] == made[1]["files"][name] for name in heldout)
+
+    def share(manifest: tuple[Path, dict]) -> float:
+        texts = [row["text"] for row in rows_below(manifest, "corpus")]
+        inside = sum(len(part) for text in texts for part in text.split("\n\n") if part.startswith("Problem:"))
+        return inside / sum(map(len, texts))
+
+    assert share((tmp_path / "noisy", noisy)) < 0.75 * share(made)
 
 
 def test_intact_data_is_kept_and_damaged_data_is_rebuilt(tmp_path: Path) -> None:

@@ -148,6 +148,11 @@ class Train(Section):
         default=None, gt=1, description="steps whose gradient norm is over so many times the median of 64 are not taken"
     )
     dtype: Dtype = "bfloat16"
+    shard_ranks: int | None = Field(
+        default=None,
+        ge=1,
+        description="ranks that hold one copy of the model between them, e.g. the GPUs of a node; null: all of them",
+    )
     recompute: Literal["none", "full"] = Field(
         default="none", description="full: layers keep their input alone and run again in the backward"
     )

@@ -29,7 +29,7 @@ from trainer.metrics import Log, StepStats, peak_memory
 from trainer.mixture import Mixture
 from trainer.optimizer import adamw, learning_rate
 from trainer.parts import Parts, fill
-from trainer.ranks import Ranks
+from trainer.ranks import Ranks, holders
 from trainer.saver import Saver
 from trainer.selection import Selection
 from trainer.spikes import LOUD, is_spike, remembered, spelled, worst
@@ -50,6 +50,7 @@ FREE_SETTINGS = {
     "cache",
     "cache_bytes",
     "recompute",  # the same bits: tests/trainer/test_live.py
+    "shard_ranks",  # as the number of ranks: sums are rounded in another order
 }
 VERSIONS = ("torch", "transformers", "numpy")  # numpy draws the order
 CHECKPOINTS = "checkpoints"
@@ -242,7 +243,7 @@ def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
     )
     if run.config.recompute == "full":
         recompute(opened.module)
-    live = parallelize(Live(opened), run.ranks.world)
+    live = parallelize(Live(opened), run.ranks.mesh(run.config.shard_ranks))
     optimizer = adamw(live.parameters(), run.config)
     if saved:
         fill(Parts(saved), live, optimizer)
@@ -252,7 +253,7 @@ def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
 def geometry_of(run: Run, alone: bool = False) -> Geometry:
     """How a step is cut: `train.micro_rows` a forward, or the most below it that divides the step evenly.
 
-    Raises UserError if the step's rows cannot be shared out.
+    Raises UserError if the step's rows, or the copies of the model, cannot be shared out.
     """
     config, ranks = run.config, run.ranks
     row_tokens = config.row_tokens or run.context.window
@@ -266,6 +267,7 @@ def geometry_of(run: Run, alone: bool = False) -> Geometry:
             f"train.tokens_per_step: {rows} rows of {row_tokens} tokens cannot be shared out among {ranks.world} ranks",
             f"make it a multiple of {row_tokens * ranks.world}, or change the number of ranks",
         )
+    holders(ranks.world, config.shard_ranks)
     own = rows // ranks.world
     micro_rows = next(size for size in range(min(config.micro_rows, own), 0, -1) if own % size == 0)
     return Geometry(

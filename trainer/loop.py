@@ -98,6 +98,7 @@ def _train(run: Run, final: Path) -> Path:
     saved, state = found(run, origin, run.ranks)
     if saved == final:
         return final
+    run.source.index(run.ranks)
     live, optimizer = build(run, saved)
     geometry = geometry_of(run, alone=live.opened.isolation == "alone")
     log = Log(run.config.output, state.step, run.config.wandb, origin["train"]) if run.ranks.first else None

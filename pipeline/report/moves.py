@@ -12,7 +12,7 @@ from pipeline.report.page import Section, table, text_block
 from pipeline.trend import CATEGORIES
 from schemas.errors import UserError, first_line
 
-CLASSES = dict(zip(CATEGORIES, ("hh", "lh", "hl", "ll"), strict=True))
+CLASSES: dict[str, str] = dict(zip(CATEGORIES, ("hh", "lh", "hl", "ll"), strict=True))
 MEANING = "from high or low loss at the start to high or low loss at the end"
 SHOWN_TOKENS, SHOWN_WINDOWS = 260, 2
 

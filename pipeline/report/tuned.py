@@ -202,7 +202,7 @@ def mean_curves(results: Results) -> list[Series]:
     """Test loss against tokens seen: mean of the replicates, one standard deviation around it, for three arms."""
     best = results.best
     random = next((row["arm"] for row in results.runs if row["objective"] == "random"), None)
-    names = [name for name in (results.baseline, random, best and best["arm"]) if name]
+    names: list[str] = [name for name in (results.baseline, random, best["arm"] if best else None) if name]
     return [line for name in names if (line := mean_curve(results, name))]
 
 
@@ -213,7 +213,7 @@ def mean_curve(results: Results, arm: str) -> Series | None:
     if not curves:
         return None
     grid = np.linspace(max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves), GRID)
-    values = np.array([np.interp(grid, *zip(*curve, strict=True)) for curve in curves])
+    values = np.array([np.interp(grid, [x for x, _ in curve], [y for _, y in curve]) for curve in curves])
     mean, sd = values.mean(0), values.std(0, ddof=1) if len(curves) > 1 else np.zeros(GRID)
     band = tuple(zip(grid.tolist(), (mean - sd).tolist(), (mean + sd).tolist(), strict=True))
     return Series(arm, results.colour(arm), list(zip(grid.tolist(), mean.tolist(), strict=True)), band=band)

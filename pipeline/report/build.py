@@ -68,8 +68,8 @@ def build_report(config: Config, results_folder: Path | None = None) -> Path:
     path = config.train.output / "report.html"
     first = tuned_headline(results) if results else untuned(headline(arms))
     write_atomic(path, page(f"Tokensift: {config.name}", first, questions).encode())
-    if any(arm.curve for arm in arms.values()):
-        write_picture(config.train.output / "curve.svg", token_drawing(arms))
+    if curve := token_drawing(arms, results):
+        write_picture(config.train.output / "curve.svg", curve)
     if windows:
         write_picture(config.train.output / "tokens.svg", text_picture(windows))
     return path
@@ -139,9 +139,11 @@ def curve_sections(arms: dict[str, Arm]) -> list[Section]:
     ]
 
 
-def token_drawing(arms: dict[str, Arm]) -> str:
-    """Held-out target loss against tokens seen, as one SVG."""
-    return drawn(_series(arms), "tokens seen", Y, _level(arms))
+def token_drawing(arms: dict[str, Arm], results: Results | None) -> str:
+    """Held-out target loss against tokens seen, as one SVG: the tuned experiment's if there is one; empty without curves."""
+    if results and (lines := mean_curves(results)):
+        return drawn(lines, "tokens seen", "test loss (nats/token), mean and sd")
+    return drawn(_series(arms), "tokens seen", Y, _level(arms)) if any(arm.curve for arm in arms.values()) else ""
 
 
 def cost_sections(arms: dict[str, Arm], cost: Cost) -> list[Section]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from schemas.errors import UserError, first_line
 from schemas.place import AnyPlace, Folder
@@ -153,8 +153,18 @@ class Train(Section):
         ge=1,
         description="ranks that hold one copy of the model between them, e.g. the GPUs of a node; null: all of them",
     )
-    recompute: Literal["none", "full"] = Field(
-        default="none", description="full: layers keep their input alone and run again in the backward"
+    wandb: str | None = Field(default=None, description="project of Weights & Biases to log to as well, if installed")
+    profile: tuple[int, int] | None = Field(
+        default=None,
+        description="steps to trace, from and to (exclusive): a Chrome trace a rank in the run's `profile`",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="full: layers keep their input alone and run again in the backward; selective: they keep the results of"
+        " products and attention too",
+    )
+    compile: bool = Field(
+        default=False, description="compile the model's layers: a slower start, faster steps on a GPU"
     )
     dropout: bool = Field(default=False, description="train with the dropout that the model's own config names")
     checkpoint_every: int = Field(default=500, ge=1, description="steps")
@@ -172,6 +182,13 @@ class Train(Section):
         if (self.epochs is None) == (self.tokens is None):
             raise ValueError("give either `epochs` or `tokens`")
         return self
+
+    @field_validator("profile")
+    @classmethod
+    def _some_steps(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps and not 1 <= steps[0] < steps[1]:
+            raise ValueError("give the first step (1 or more) and the one after the last")
+        return steps
 
     @model_validator(mode="after")
     def _one_data(self) -> "Train":

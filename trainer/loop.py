@@ -22,6 +22,7 @@ from schemas.models import open_model
 from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.choice import choice, chosen_ahead, require_columns
+from trainer.compiled import compile_layers, prove_compiled, uncompiled
 from trainer.data import Source
 from trainer.export import export
 from trainer.live import Live, parallelize, recompute
@@ -29,6 +30,7 @@ from trainer.metrics import Log, StepStats, peak_memory
 from trainer.mixture import Mixture
 from trainer.optimizer import adamw, learning_rate
 from trainer.parts import Parts, fill
+from trainer.profiler import Profiler
 from trainer.ranks import Ranks, holders
 from trainer.saver import Saver
 from trainer.selection import Selection
@@ -50,6 +52,8 @@ FREE_SETTINGS = {
     "cache",
     "cache_bytes",
     "recompute",  # the same bits: tests/trainer/test_live.py
+    "wandb",
+    "profile",
     "shard_ranks",  # as the number of ranks: sums are rounded in another order
 }
 VERSIONS = ("torch", "transformers", "numpy")  # numpy draws the order
@@ -95,9 +99,12 @@ def _train(run: Run, final: Path) -> Path:
     saved, state = found(run, origin, run.ranks)
     if saved == final:
         return final
+    run.source.index(run.ranks)
     live, optimizer = build(run, saved)
     geometry = geometry_of(run, alone=live.opened.isolation == "alone")
-    log = Log(run.config.output, state.step) if run.ranks.first else None
+    if run.config.compile:
+        prove_compiled(live, geometry, run.context.window, run.ranks, run.config.dropout)
+    log = Log(run.config.output, state.step, run.config.wandb, origin["train"]) if run.ranks.first else None
     if log:
         log.write("model", state.step, {"isolation": live.opened.isolation, "linear_head": live.opened.linear})
     if state.step == 0:
@@ -111,16 +118,16 @@ def _train(run: Run, final: Path) -> Path:
     )
     folder = run.config.output / CHECKPOINTS
     saver = Saver(folder, live, run.tokenizer, optimizer, run.config, run.ranks, state.step)
-    with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop, saver:
-        state = loop(run, live, optimizer, stream, geometry, state, log, stop, saver)
+    logged = closing(log) if log else nullcontext()
+    profiler = Profiler(run.config.output / "profile", run.config.profile, run.ranks)
+    with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop, saver, logged, profiler:
+        state = loop(run, live, optimizer, stream, geometry, state, log, stop, saver, profiler)
         if not run.config.evaluate_every or state.step % run.config.evaluate_every:
             evaluate(run, live, log, state)
         save(saver, log, state)
     if run.ranks.first:
         export(checkpoint.folder_of(folder, state.step), final)
     run.ranks.wait()
-    if log:
-        log.close()
     return final
 
 
@@ -148,11 +155,13 @@ def loop(
     log: Log | None,
     stop: "Stop",
     saver: Saver,
+    profiler: Profiler,
 ) -> State:
     """Steps until the run is done; returns the last state. Raises Stopped, with a checkpoint saved, if asked to."""
     config, ranks = run.config, run.ranks
     weights, peak = Weights.of(live.model), ranks.world * matmul_peak(live.opened.compute, str(ranks.device))
     while (done := progress(run, state.step, state.position, geometry)) < 1:
+        profiler.at(state.step + 1)
         started = time.perf_counter()
         step = next(stream)
         waited = time.perf_counter() - started
@@ -169,7 +178,7 @@ def loop(
             if spike:
                 skipped = bool(config.skip_spikes)
                 log.write("spike", state.step, {"grad_norm": row["grad_norm"], "skipped": skipped, "windows": spike})
-        run.report(row, progress(run, state.step, state.position, geometry))
+        run.report({"step": state.step, **row}, progress(run, state.step, state.position, geometry))
         if config.evaluate_every and state.step % config.evaluate_every == 0:
             evaluate(run, live, log, state)
         status = ranks.greatest(stop.status or saver.failed)  # all ranks leave at the same step
@@ -206,7 +215,8 @@ def optimize(
     torch.manual_seed(seed)  # again: tokens are trained on under the dropout that they were chosen under
     for index, micro in enumerate(micros):
         if ranks.world > 1:
-            live.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[operator]
+            # Gradients are shared out at each: kept whole to the last, they would be as large as the model on every rank.
+            live.set_requires_all_reduce(index == len(micros) - 1)  # type: ignore[operator]
         judged = live(micro.batch, *choice(selection, micro, ranks, chosen, index))
         (judged.loss_sum / divisor).backward()
         losses.append(judged.losses)
@@ -240,9 +250,12 @@ def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
         device=run.ranks.device,
         dropout=run.config.dropout,
     )
-    if run.config.recompute == "full":
-        recompute(opened.module)
-    live = parallelize(Live(opened), run.ranks.mesh(run.config.shard_ranks))
+    if run.config.recompute != "none":
+        recompute(opened.module, run.config.recompute)
+    live = Live(opened)
+    if run.config.compile:
+        compile_layers(live)
+    live = parallelize(live, run.ranks.mesh(run.config.shard_ranks))
     optimizer = adamw(live.parameters(), run.config)
     if saved:
         fill(Parts(saved), live, optimizer)
@@ -333,7 +346,8 @@ def evaluate(run: Run, live: Live, log: Log | None, state: State) -> None:
     if run.evaluate is None:
         return
     live.model.eval()
-    found = run.evaluate(live)
+    with uncompiled():
+        found = run.evaluate(live)
     live.model.train(run.config.dropout)
     if log:
         log.write("eval", state.step, {"tokens_seen": state.tokens_seen, **found})

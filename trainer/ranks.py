@@ -97,6 +97,9 @@ class Ranks:
             dist.barrier()
 
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
 def holders(world: int, most: int | None) -> int:
     """How many of `world` ranks, one after another, hold a copy of the model between them (`train.shard_ranks`).
 

@@ -16,8 +16,9 @@ from pipeline.trend import CATEGORIES
 from schemas.config import Config
 from schemas.errors import UserError
 from trainer.checkpoint import read_sealed
-from trainer.data import ScoreShards, ordered
+from trainer.data import ScoreShards
 from trainer.export import export
+from trainer.stream import Order
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_losses_are_a_plain_forwards_under_each_checkpoint_and_tokens_are_those_
     assert "did not train on" in figures["sample"]
     source, position = ScoreShards(run.score.output), points[-1]["position"]
     groups = run.train.shuffle_groups
-    order = [next(ordered(source, run.train.seed, groups, place)).window for place in range(position + 2)]
+    order = [next(Order(source, run.train.seed, groups).windows(place))[1].window for place in range(position + 2)]
     trained = {(window.doc_id, window.index, window.row) for window in order[:position]}
     first = next(window for window in order[position:] if len(window.tokens) > 1)
     assert (first.doc_id, first.index, first.row) not in trained
@@ -102,6 +103,13 @@ def test_target_texts_are_followed_after_their_prompts_with_a_reference_that_is_
     whole = [0, *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"], *tokens]
     wanted = plain_losses(Path(run.score.model), whole)[-len(tokens) :]
     assert [row["ref_loss"] for row in rows] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_a_base_that_was_itself_trained_counts_as_the_start(run: Config, tmp_path: Path) -> None:
+    based = run.model_copy(update={"base": str(run.train.folder / "final")})
+    last = str(run.train.folder / "checkpoints" / "step-0000006")
+    points = dynamics(based, [based.base, run.base, last], False, 50, tmp_path)["checkpoints"]
+    assert [(point["step"], point["tokens_seen"] > 0) for point in points] == [(0, False), (0, False), (6, True)]
 
 
 def test_a_run_without_checkpoints_is_told_how_to_keep_them(scores: Config, tmp_path: Path) -> None:

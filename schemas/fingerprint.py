@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from schemas import product
 from schemas.config import Context, Corpus, Score
 from schemas.environment import installed
 from schemas.errors import UserError
@@ -57,11 +60,17 @@ def dataset_fingerprint(tokenizer: Any, model: Path, corpus: Corpus, context: Co
             "threads": score.cpus_per_worker,
             "unit_bytes": score.unit_bytes,
             "entropy": score.entropy,
+            **({"product": product.NAME} if _by_onednn(score) else {}),
             **({"compile": True} if score.compile else {}),
             "writing": WRITING,
             **arithmetic(score.engine, score.python),
         },
     }
+
+
+def _by_onednn(score: Score) -> bool:
+    device = "cuda" if score.gpus_per_worker else "cpu"
+    return score.engine == "hf" and product.by_onednn(getattr(torch, score.dtype), device)
 
 
 def arithmetic(engine: str, python: Path | None = None) -> dict[str, str]:

@@ -29,6 +29,7 @@ from trainer.metrics import Log, StepStats, peak_memory
 from trainer.mixture import Mixture
 from trainer.optimizer import adamw, learning_rate
 from trainer.parts import Parts, fill
+from trainer.profiler import Profiler
 from trainer.ranks import Ranks, holders
 from trainer.saver import Saver
 from trainer.selection import Selection
@@ -50,6 +51,8 @@ FREE_SETTINGS = {
     "cache",
     "cache_bytes",
     "recompute",  # the same bits: tests/trainer/test_live.py
+    "wandb",
+    "profile",
     "shard_ranks",  # as the number of ranks: sums are rounded in another order
 }
 VERSIONS = ("torch", "transformers", "numpy")  # numpy draws the order
@@ -98,7 +101,7 @@ def _train(run: Run, final: Path) -> Path:
     run.source.index(run.ranks)
     live, optimizer = build(run, saved)
     geometry = geometry_of(run, alone=live.opened.isolation == "alone")
-    log = Log(run.config.output, state.step) if run.ranks.first else None
+    log = Log(run.config.output, state.step, run.config.wandb, origin["train"]) if run.ranks.first else None
     if log:
         log.write("model", state.step, {"isolation": live.opened.isolation, "linear_head": live.opened.linear})
     if state.step == 0:
@@ -112,16 +115,16 @@ def _train(run: Run, final: Path) -> Path:
     )
     folder = run.config.output / CHECKPOINTS
     saver = Saver(folder, live, run.tokenizer, optimizer, run.config, run.ranks, state.step)
-    with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop, saver:
-        state = loop(run, live, optimizer, stream, geometry, state, log, stop, saver)
+    logged = closing(log) if log else nullcontext()
+    profiler = Profiler(run.config.output / "profile", run.config.profile, run.ranks)
+    with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop, saver, logged, profiler:
+        state = loop(run, live, optimizer, stream, geometry, state, log, stop, saver, profiler)
         if not run.config.evaluate_every or state.step % run.config.evaluate_every:
             evaluate(run, live, log, state)
         save(saver, log, state)
     if run.ranks.first:
         export(checkpoint.folder_of(folder, state.step), final)
     run.ranks.wait()
-    if log:
-        log.close()
     return final
 
 
@@ -149,11 +152,13 @@ def loop(
     log: Log | None,
     stop: "Stop",
     saver: Saver,
+    profiler: Profiler,
 ) -> State:
     """Steps until the run is done; returns the last state. Raises Stopped, with a checkpoint saved, if asked to."""
     config, ranks = run.config, run.ranks
     weights, peak = Weights.of(live.model), ranks.world * matmul_peak(live.opened.compute, str(ranks.device))
     while (done := progress(run, state.step, state.position, geometry)) < 1:
+        profiler.at(state.step + 1)
         started = time.perf_counter()
         step = next(stream)
         waited = time.perf_counter() - started
@@ -170,7 +175,7 @@ def loop(
             if spike:
                 skipped = bool(config.skip_spikes)
                 log.write("spike", state.step, {"grad_norm": row["grad_norm"], "skipped": skipped, "windows": spike})
-        run.report(row, progress(run, state.step, state.position, geometry))
+        run.report({"step": state.step, **row}, progress(run, state.step, state.position, geometry))
         if config.evaluate_every and state.step % config.evaluate_every == 0:
             evaluate(run, live, log, state)
         status = ranks.greatest(stop.status or saver.failed)  # all ranks leave at the same step

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from schemas import product
 from schemas.batch import Place, collate, gather, renumbered
 from schemas.errors import UserError, first_line
 from schemas.forward import decoder_layers
@@ -25,7 +26,8 @@ class PackedEngine:
 
     def __init__(self, model: Path, window: int, score: "Score", device: str):
         """Load the model. A batch holds `score.batch_tokens` tokens at most, and at least one window."""
-        self.model = open_model(model, "score.model", window, dtype=getattr(torch, score.dtype), device=device)
+        self.dtype: torch.dtype = getattr(torch, score.dtype)
+        self.model = open_model(model, "score.model", window, dtype=self.dtype, device=device, scoring=True)
         self.device, self.window, self.entropy = device, window, score.entropy
         self.batch_tokens = max(window, score.batch_tokens)
         # Compiled for one shape: what the first batch happened to be may not decide how the others are computed.
@@ -35,7 +37,7 @@ class PackedEngine:
             for layer in decoder_layers(self.model.module):
                 layer.compile(dynamic=False)
         self.parameters = sum(parameter.numel() for parameter in self.model.module.parameters())
-        self.peak = matmul_peak(getattr(torch, score.dtype), device)
+        self.peak = matmul_peak(self.dtype, device)
 
     @torch.inference_mode()
     def score(self, windows: Sequence[np.ndarray]) -> list[Scored]:
@@ -63,7 +65,13 @@ class PackedEngine:
 
     def describe(self) -> dict[str, Any]:
         """What a receipt says of the engine."""
-        how = {"linear_head": self.model.linear, "isolation": self.model.isolation, "compiled": self.compiled}
+        how: dict[str, Any] = {
+            "linear_head": self.model.linear,
+            "isolation": self.model.isolation,
+            "compiled": self.compiled,
+        }
+        if product.by_onednn(self.dtype, self.device):
+            how["product"] = product.NAME
         speed = {"parameters": self.parameters, "matmul_peak": round(self.peak)}
         return {"name": "hf-varlen", **how, **speed}
 

@@ -56,6 +56,23 @@ def test_gradients_are_those_of_the_plain_forward_of_each_window_alone(fields: d
         torch.testing.assert_close(parameter.grad, expected[name], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sliding_window", [None, 1, 50, 200])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_attention_in_blocks_is_that_of_float64_window_by_window(
+    dtype: torch.dtype, sliding_window: int | None, heads: int
+) -> None:
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 300, 301, 301 + attention.BLOCK_TOKENS, 700], dtype=torch.int32)
+    query, key, value = (torch.randn(700, count, size).to(dtype) for count, size in ((6, 16), (heads, 16), (heads, 24)))
+    found = attention._in_blocks(query, key, value, bounds, 0.7, sliding_window)
+    exact = (tensor.double() for tensor in (query, key, value))
+    expected = attention._window_by_window(*exact, bounds, 0.0, 0.7, sliding_window)
+    assert found.dtype == dtype
+    most = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found.double(), expected, atol=most, rtol=most)
+
+
 def test_a_windows_logits_do_not_change_by_a_bit_when_its_neighbours_do() -> None:
     model, own = build(), windows()
     attention.install(model)

@@ -149,6 +149,7 @@ def test_a_datasets_fingerprint_holds_every_setting_that_decides_the_bytes(tiny_
         "threads": 5,
         "unit_bytes": 11,
         "entropy": True,
+        "product": "onednn",
         "writing": WRITING,
         **versions,
     }

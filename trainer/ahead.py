@@ -9,9 +9,8 @@ import numpy as np
 
 from schemas.errors import UserError
 from schemas.shard import Window
-from trainer.data import Source, Stretch
+from trainer.data import READERS, Source, Stretch
 
-READERS = 4
 Place = tuple[int, int]  # a window's epoch and key
 Found = dict[Place, Window]
 

@@ -8,7 +8,7 @@ SIFT    := .venv/bin/tokensift
 # Idle threads sleep instead of spinning: a busy machine would otherwise run many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup vllm demo reference score train eval report test test-all test-vllm lint format bench mutants clean
+.PHONY: help setup vllm demo reference score train eval report pictures test test-all test-vllm lint format bench mutants clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -50,6 +50,9 @@ eval: setup      ## held-out loss and exact match           (CONFIG=...)
 
 report: setup    ## one HTML page of curves and tokens      (CONFIG=...)
 	$(SIFT) report --config $(CONFIG)
+
+pictures: report ## docs/curve.svg and docs/tokens.svg: the report's own, after `make demo` (and the experiment, if it was run)
+	cp runs/demo/train/curve.svg runs/demo/train/tokens.svg docs/
 
 test: setup      ## the laws, fast                          (TESTERS=processes)
 	.venv/bin/python -m pytest -n $(TESTERS) --dist loadfile

@@ -316,12 +316,18 @@ def verify(
 
 
 @app.command()
-def report(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
-    """One self-contained HTML page: curves, speed-up, kept and dropped losses, coloured documents."""
+def report(
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    results: Annotated[
+        Path | None, typer.Option(help="An experiment's folder; default: experiments/<name> beside the config's root.")
+    ] = None,
+) -> None:
+    """One self-contained HTML page: does selection pay, when, what is selected, what does it cost."""
     loaded = read_config(config, set_)
     from pipeline.report.build import build_report
 
-    say(f"report: {build_report(loaded)}")
+    say(f"report: {build_report(loaded, results)}")
 
 
 def raise_exit(problems: int) -> None:

@@ -11,6 +11,7 @@ from schemas import product
 from schemas.config import Context, Corpus, Score
 from schemas.environment import installed
 from schemas.errors import UserError
+from schemas.forward import ENGINE
 from schemas.seal import digest
 from schemas.shard import WRITING
 from schemas.store import sha256_file
@@ -53,7 +54,7 @@ def dataset_fingerprint(tokenizer: Any, model: Path, corpus: Corpus, context: Co
         "corpus": {"text": corpus.text, "id": corpus.id, "max_chars": corpus.max_chars},
         "context": context.model_dump(),
         "scorer": {
-            "engine": {"hf": "hf-varlen", "vllm": "vllm"}[score.engine],
+            "engine": {"hf": ENGINE, "vllm": "vllm"}[score.engine],
             "dtype": score.dtype,
             "device": "cuda" if score.gpus_per_worker else "cpu",
             "batch_tokens": score.batch_tokens,

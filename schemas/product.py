@@ -26,7 +26,20 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     """`rows @ weight.T + bias`: rows [..., d], weight [n, d], bias [n]. With gradients it is PyTorch's own."""
     if torch.is_grad_enabled() or weight.dtype != rows.dtype or not by_onednn(rows.dtype, rows.device):
         return linear(rows, weight, bias)
+    return (_opaque if torch.compiler.is_compiling() else _onednn)(rows, weight, bias)
+
+
+def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+# Inductor itself knows the operator only with weights that are reordered for good.
+_opaque = torch.library.custom_op("tokensift::onednn", _onednn, mutates_args=())
+
+
+@_opaque.register_fake
+def _(rows: torch.Tensor, weight: torch.Tensor, _bias: Any) -> torch.Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
 
 
 def project(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,11 @@
 """The report tells the truth about the curves, loads nothing, and escapes whatever a document holds."""
 
+import base64
+import hashlib
+import html
 import json
 import math
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,21 +18,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipeline.report.build import (
+from pipeline.report.arms import (
     Arm,
     Cost,
-    build_report,
     compute_caption,
     compute_curve,
-    contrast,
     headline,
-    origin,
     ratio,
     read_cost,
     smooth,
     speed_up,
 )
+from pipeline.report.build import build_report, contrast, origin
 from pipeline.report.chart import short, ticks
+from pipeline.report.page import SCRIPT
 from pipeline.report.text import judge_documents
 from schemas.config import Config, Part
 from schemas.errors import UserError
@@ -93,11 +96,13 @@ def poison(layout: Layout, model: Path) -> None:
 
 
 class Tags(HTMLParser):
-    """Every tag and attribute of a page."""
+    """Every tag and attribute of a page, its text, and its scripts."""
 
     def __init__(self, page: str):
         super().__init__()
         self.tags: set[str] = set()
+        self.scripts: list[str] = []
+        self.policy = ""
         self.attributes: set[str] = set()
         self.text = ""
         self.feed(page)
@@ -105,9 +110,13 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
+        if dict(attrs).get("http-equiv") == "Content-Security-Policy":
+            self.policy = dict(attrs)["content"] or ""
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.cdata_elem == "script":
+            self.scripts.append(data)
 
 
 @given(
@@ -196,21 +205,30 @@ def test_counts_are_short() -> None:
     assert [short(n) for n in (0, 950, 12_345, 1_500_000, 15e9)] == ["0", "950", "12.3k", "1.5M", "15B"]
 
 
-def test_the_page_loads_nothing_and_escapes_documents(experiment: Config) -> None:
+def test_the_page_loads_nothing_runs_its_own_script_alone_and_escapes_documents(experiment: Config) -> None:
     text = build_report(experiment).read_text()
     found = Tags(text)
-    assert not found.tags & {"script", "link", "img", "iframe", "object", "embed", "a", "base"}
+    assert not found.tags & {"link", "img", "iframe", "object", "embed", "a", "base"}
     assert not found.attributes & {"src", "href", "srcset", "onerror", "onload", "action", "xlink:href"}
     assert "@import" not in text and "url(http" not in text
     assert "evil.example" in found.text and HOSTILE not in text
+    # A browser runs what the policy's hash allows, and that is the one script of the page.
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert found.scripts == [SCRIPT] and f"script-src 'sha256-{digest}'" in found.policy
+    assert "default-src 'none'" in found.policy
 
 
 def test_the_page_is_complete_and_the_same_twice(experiment: Config) -> None:
     first = build_report(experiment).read_text()
     assert build_report(experiment).read_text() == first
     for part in (
+        "Does it pay?",
+        "What does it cost?",
+        "What is selected?",
         "SLM reached",
+        "Not a tuned comparison",
         "CLM, every token",
+        "SLM, each of three runs",
         "forward-token equivalents",
         "SLM dropped",
         "random kept",
@@ -257,22 +275,37 @@ def test_no_arm_is_a_user_error(make_config: Callable[..., Config], tmp_path: Pa
         build_report(make_config(tmp_path))
 
 
-@pytest.mark.browser
-def test_a_browser_shows_the_page(experiment: Config, tmp_path: Path) -> None:
+def browse(page: Path, profile: Path, *more: str) -> str:
+    """What headless Chromium prints; skips the test where there is none."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not chromium:
         pytest.skip("no Chromium")
-    page = build_report(experiment)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-             "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-             f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+             "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}"]  # fmt: skip
+    command = [chromium, *flags, *more, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
-    def run(*more: str) -> str:
-        command = [chromium, *flags, *more, page.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
-    dom = run("--dump-dom")
-    assert "SLM reached" in dom and dom.count("<svg") == 3 and "alert(" not in dom.split("<body")[0]
+@pytest.mark.browser
+def test_a_browser_shows_the_page(experiment: Config, tmp_path: Path) -> None:
+    page = build_report(experiment)
+    dom = browse(page, tmp_path / "profile", "--dump-dom")
+    assert "SLM reached" in dom and dom.count("<svg") == 2 * 3 and "alert(" not in dom.split("<body")[0]
     picture = tmp_path / "page.png"
-    run(f"--screenshot={picture}", "--window-size=1000,3600")
+    browse(page, tmp_path / "profile", f"--screenshot={picture}", "--window-size=1000,3600")
     assert picture.stat().st_size > 50_000
+
+
+@pytest.mark.browser
+def test_arrow_keys_lead_from_token_to_token(experiment: Config, tmp_path: Path) -> None:
+    keys = """<script>for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"])
+        document.querySelector(".text").dispatchEvent(new KeyboardEvent("keydown", {key}))</script></body>"""
+    text = build_report(experiment).read_text()
+    page = tmp_path / "pressed.html"  # without the policy, which would keep this script from running too
+    page.write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", keys))
+    dom = browse(page, tmp_path / "profile", "--dump-dom")
+    spans = re.findall(r"<span[^>]*>", dom.split('<p class="text"')[1].split("</p>")[0])
+    shown = dom.split("<output", 1)[1].split(">", 1)[1].split("</output>")[0]
+    assert [number for number, span in enumerate(spans) if re.search(r'class="[^"]*at"', span)] == [1]
+    title = re.search(r'title="([^"]*)"', spans[1])
+    assert title and html.unescape(title.group(1)) == html.unescape(shown) and "excess" in shown

@@ -92,13 +92,26 @@ def make(folder: Path, kind: str) -> Path:
         windows = [made(rng, length) for length in draw_lengths(rng, KINDS[kind], UNIT_WINDOWS)]
         content = encode_shard(windows, shard_schema(VOCABULARY, False), {"fingerprint": fingerprint, "unit": unit})
         layout.store.put(layout.name(layout.UNITS, unit), content)
-        empty = {"documents": 0, "quarantined": 0, "quarantine_sha256": None, "loss_sum": 0.0, "loss_count": 0}
-        empty |= {"loss_histogram": [0] * BINS, "engine": {}, "seconds": {}, "sha256": "0" * 64, "input_hash": unit}
-        counts = {"windows": len(windows), "tokens": sum(len(window.tokens) for window in windows)}
-        write_receipt(
-            layout,
-            Receipt(unit=unit, shard=unit, first_document=0, end_document=1, bytes=len(content), **counts, **empty),
+        receipt = Receipt(
+            unit=unit,
+            shard=unit,
+            first_document=0,
+            end_document=1,
+            input_hash=unit,
+            bytes=len(content),
+            sha256="0" * 64,
+            windows=len(windows),
+            tokens=sum(len(window.tokens) for window in windows),
+            documents=1,
+            quarantined=0,
+            quarantine_sha256=None,
+            loss_sum=0.0,
+            loss_count=0,
+            loss_histogram=[0] * BINS,
+            engine={},
+            seconds={},
         )
+        write_receipt(layout, receipt)
     write_complete(layout, layout.committed())
     return root
 

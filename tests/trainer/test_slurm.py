@@ -132,7 +132,7 @@ def test_under_slurm_a_job_that_is_asked_to_stop_saves_goes_back_into_the_queue_
 
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_rows(run)) >= 5)
     slurm("scancel", "--signal=TERM", "--batch", job)
-    wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job))
+    wait_for(lambda: "JobState=PENDING Reason=BeginTime" in slurm("scontrol", "show", "job", job))  # queued again
     stopped = len(read_rows(run))
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{stopped:07d}"]
     slurm("scontrol", "update", f"jobid={job}", "starttime=now")

@@ -10,7 +10,7 @@ from tests.score_jobs.test_two_nodes import NODES, SECONDS, Cluster, refuse_reas
 from tests.trainer.conftest import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-FIELDS = {"scope": "sequence", "epochs": 3, "checkpoint_every": 5, "micro_rows": 1, "shard_ranks": 1}
+FIELDS = {"scope": "sequence", "epochs": 2, "checkpoint_every": 5, "micro_rows": 1, "shard_ranks": 1}
 FIGURES = ("loss_all", "loss_kept", "loss_dropped", "threshold", "grad_norm")
 
 
@@ -68,21 +68,12 @@ def test_a_run_over_two_nodes_of_which_one_dies_goes_on_by_the_same_line_to_the_
     assert first.returncode and "lost another rank" in output, output
     other.communicate(timeout=SECONDS)
     done = len(rows())
-    assert (run / "checkpoints" / "step-0000005").exists()
+    assert done < 30 and (run / "checkpoints" / "step-0000005").exists()
 
-    # By the same line; then a signal to one torchrun saves on all ranks.
     running = [start("other"), start("head")]
-    wait_for(lambda: len(rows()) >= done + 3, running[1])
-    agents(cluster, "other")[0].terminate()
-    outputs = [process.communicate(timeout=SECONDS)[0] for process in running]
-    stopped = len(rows())
-    assert f"stopped after step {stopped}, which is saved" in outputs[1], outputs
-    assert (run / "checkpoints" / f"step-{stopped:07d}").exists()
-
-    running = [start("head"), start("other")]
     outputs = [process.communicate(timeout=SECONDS)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     _, alone = train_here(scores, **{**FIELDS, "output": tmp_path / "alone"})
-    assert [row["position"] for row in rows()] == [row["position"] for row in alone] and len(alone) > stopped
+    assert [row["position"] for row in rows()] == [row["position"] for row in alone] and len(alone) > done
     for one, wanted in zip(rows(), alone, strict=True):
         assert [one[name] for name in FIGURES] == pytest.approx([wanted[name] for name in FIGURES], rel=1e-4, abs=1e-5)

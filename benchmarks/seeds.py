@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import cli
-from pipeline.report.build import SHORT, Arm, compute_curve, ratio, read_arms, read_cost, speed_up
+from pipeline.report.arms import ratio, speed_up
+from pipeline.report.build import SHORT, Arm, compute_curve, read_arms, read_cost
 
 RUNS = "runs/seeds"
 

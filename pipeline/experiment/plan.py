@@ -116,13 +116,13 @@ def load_experiment(path: Path) -> Experiment:
 
 def prepared_config(experiment: Experiment, base: Path, seed: int, scores: str | None) -> Config:
     """The config of a replicate with one of its references; `base` is the file that `experiment.config` names."""
-    return load_config(base, _shared(experiment, seed, scores))
+    return load_config(base, _shared(experiment, base, seed, scores))
 
 
 def config_of(experiment: Experiment, base: Path, run: Run, choices: Mapping[str, Point]) -> Config:
     """The config of one run. `choices`: the point of the arm that it comes after, if it comes after one."""
     arm = experiment.arms[run.arm]
-    overrides = _shared(experiment, run.seed, arm.scores) | arm.set | dict(run.point) | {"train.run": run.name}
+    overrides = _shared(experiment, base, run.seed, arm.scores) | arm.set | dict(run.point) | {"train.run": run.name}
     if arm.after:
         before = Run(arm.after, choices.get(arm.after, run.point), run.seed)
         overrides["base"] = f"{{root}}/train/{before.name}/final"
@@ -135,15 +135,17 @@ def config_of(experiment: Experiment, base: Path, run: Run, choices: Mapping[str
     return config.model_copy(update={"train": train.model_copy(update={"tokens": tokens, "epochs": epochs})})
 
 
-def _shared(experiment: Experiment, seed: int, scores: str | None) -> dict[str, Any]:
-    overrides: dict[str, Any] = {
-        "root": str(experiment.root / f"replicate-{seed}"),
-        "train.seed": seed,
-        "train.keep_checkpoints": 1,
-    }
-    overrides |= {"reference.train.seed": seed} | experiment.set
+def _shared(experiment: Experiment, base: Path, seed: int, scores: str | None) -> dict[str, Any]:
+    """Overrides of all arms of a replicate that train on the same scores. Where the config, or `set`, names `score.output`,
+    replicates share them too."""
+    root = experiment.root / f"replicate-{seed}"
+    overrides: dict[str, Any] = {"root": str(root), "train.output": str(root / "train")}
+    overrides |= {"train.seed": seed, "train.keep_checkpoints": 1}
+    if load_config(base, experiment.set).reference:
+        overrides["reference.train.seed"] = seed
+    overrides |= experiment.set
     if scores is not None:
-        own = f"{{root}}/{scores}"
+        own = root / scores
         overrides |= {"reference.train.output": f"{own}/reference", "score.model": f"{own}/reference/final"}
         overrides |= {"score.output": f"{own}/scores"} | experiment.scores[scores]
     return overrides

@@ -39,6 +39,11 @@ class Job:
     config: Config
     run: Run | None = None
 
+    @property
+    def output(self) -> Any:
+        """What no other job may write to meanwhile."""
+        return self.folder if self.run else self.config.score.output
+
 
 class Work:
     """What is done of an experiment, by its files, and what could be done next."""
@@ -136,7 +141,7 @@ def begin(work: Work, running: dict[BaseProcess, Job], workers: int) -> None:
     for job in work.jobs():
         if len(running) >= workers:
             return
-        if job.folder not in {other.folder for other in running.values()}:
+        if job.output not in {other.output for other in running.values()}:
             claim(job)
             process = context.Process(target=perform, args=(job, threads))
             process.start()

@@ -1,13 +1,14 @@
 # What people type. Everything runs in the project's own environment, .venv, built on first use.
-CONFIG ?= configs/demo.yaml
-NPROC  ?= 1
-PYTHON ?= python3
-VLLM   ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
-SIFT   := .venv/bin/tokensift
+CONFIG  ?= configs/demo.yaml
+NPROC   ?= 1
+PYTHON  ?= python3
+TESTERS ?= 2
+VLLM    ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
+SIFT    := .venv/bin/tokensift
 # Idle threads sleep instead of spinning: a busy machine would otherwise run many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup vllm demo reference score train eval report test test-all test-vllm lint format bench mutants clean
+.PHONY: help setup vllm demo reference score train eval report pictures test test-all test-vllm lint format bench mutants clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -50,11 +51,14 @@ eval: setup      ## held-out loss and exact match           (CONFIG=...)
 report: setup    ## one HTML page of curves and tokens      (CONFIG=...)
 	$(SIFT) report --config $(CONFIG)
 
-test: setup      ## the laws, fast
-	.venv/bin/python -m pytest
+pictures: report ## docs/curve.svg and docs/tokens.svg: the report's own, after `make demo` (and the experiment, if it was run)
+	cp runs/demo/train/curve.svg runs/demo/train/tokens.svg docs/
+
+test: setup      ## the laws, fast                          (TESTERS=processes)
+	.venv/bin/python -m pytest -n $(TESTERS) --dist loadfile
 
 test-all: setup  ## the laws, with the slow ones
-	.venv/bin/python -m pytest -m ''
+	.venv/bin/python -m pytest -n $(TESTERS) --dist loadfile -m ''
 
 test-vllm: setup vllm  ## law 5 and equal bytes in vllm's environment, and workers started in it
 	.venv-vllm/bin/python -m pytest tests/score_jobs/test_vllm.py
@@ -77,8 +81,8 @@ bench: setup     ## side-by-side measurements, after `make demo`; fetches a 135M
 	.venv/bin/python -m benchmarks.scoring --model runs/smollm2 --window 1024 --batch-tokens 2048 --documents 5 --dtype bfloat16
 	.venv/bin/python -m benchmarks.head
 
-mutants:         ## does a test fail for each small mistake? (PATH=schemas/seal.py; after `make setup`; no part of `test`)
-	OMP_NUM_THREADS=1 .venv/bin/python -m tests.mutants $(PATH)
+mutants:         ## does a test fail for each small mistake? (PATH=schemas/seal.py, TESTS=...; after `make setup`; no part of `test`)
+	OMP_NUM_THREADS=1 TESTS="$(TESTS)" .venv/bin/python -m tests.mutants $(PATH)
 
 clean:           ## delete the demo's output
 	rm -rf runs/demo

@@ -37,7 +37,7 @@ DEMO = Path("demo")
 ARMS = ("clm", "random", "slm")
 
 
-def read_config(path: Path, settings: list[str] | None, **given: str | None) -> Config:
+def read_config(path: Path, settings: list[str] | None, **given: Any) -> Config:
     """Read the config with `field=value` overrides applied; `given` are fields of `train` that options name."""
     overrides: dict[str, Any] = {}
     for item in settings or []:
@@ -50,6 +50,14 @@ def read_config(path: Path, settings: list[str] | None, **given: str | None) -> 
             raise UserError(f"--set {item}: the value {error}", "quote it as YAML would be") from error
     overrides |= {f"train.{field}": value for field, value in given.items() if value is not None}
     return load_config(find_config(path), overrides)
+
+
+def read_steps(text: str | None) -> list[int] | None:
+    """Steps from:to. Raises UserError for what is none."""
+    first, mark, end = (text or "").partition(":")
+    if text and not (mark and first.isdecimal() and end.isdecimal()):
+        raise UserError(f"--profile {text}: is not from:to", "write it as in --profile 10:13, which is steps 10 to 12")
+    return [int(first), int(end)] if text else None
 
 
 def read_place(text: str) -> Place:
@@ -205,11 +213,14 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, and say what it comes to: steps, memory, disk. Writes nothing.")
     ] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Trace steps from:to (exclusive), e.g. 10:13; a Chrome trace a rank.")
+    ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="With --dry-run: GPUs (or processes) that would train.")] = 1,
     json_: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
 ) -> None:
     """Stage 2: train on stored scores. Resumes from the last checkpoint; under torchrun, on every GPU."""
-    loaded = read_config(config, set_, objective=objective, run=run)
+    loaded = read_config(config, set_, objective=objective, run=run, profile=read_steps(profile))
     if dry_run:
         from pipeline.forecast import forecast, print_forecast
 
@@ -337,12 +348,18 @@ def verify(
 
 
 @app.command()
-def report(config: ConfigOption = DEMO, set_: SetOption = None) -> None:
-    """One self-contained HTML page: curves, speed-up, kept and dropped losses, coloured documents."""
+def report(
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    results: Annotated[
+        Path | None, typer.Option(help="An experiment's folder; default: experiments/<name> beside the config's root.")
+    ] = None,
+) -> None:
+    """One self-contained HTML page: does selection pay, when, what is selected, what does it cost."""
     loaded = read_config(config, set_)
     from pipeline.report.build import build_report
 
-    say(f"report: {build_report(loaded)}")
+    say(f"report: {build_report(loaded, results)}")
 
 
 def raise_exit(problems: int) -> None:

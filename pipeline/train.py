@@ -1,5 +1,6 @@
 """Runs of the trainer as the config describes them: the reference's on curated text, the live model's on scores."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
 from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, corpus_documents
+from trainer.board import require_wandb
 from trainer.cache import Cache
 from trainer.data import MemoryWindows, ScoreShards, Source
 from trainer.loop import Run, Stopped, train
 from trainer.mixture import Mixture
 from trainer.ranks import die_with_parent, joined
 from trainer.references import References
+
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def train_live(config: Config) -> Path:
@@ -66,8 +70,28 @@ def train_reference(config: Config) -> Path:
     return run_training("train reference", config, config.reference.train, base, source, tokenizer)
 
 
+def described(row: dict[str, Any]) -> tuple[str, str]:
+    """A row of metrics in two lines: how fast it goes, and what is learnt and selected."""
+    speed = f"{row['tokens_per_second']:,.0f} tokens/s ({row['mfu']:.0%} MFU)"
+    first = [f"step {row['step']:,}", f"{row['tokens_seen']:,} tokens", speed]
+    second = [f"loss kept {row['loss_kept']:.3f}"]
+    if row["loss_dropped"] is not None:
+        second += [f"dropped {row['loss_dropped']:.3f}"]
+    if row["threshold"] is not None:
+        second += [f"threshold {row['threshold']:.3g}", f"scores {blocks(row['score_over'])}"]
+    second += [f"gradient {row['grad_norm']:.2g}", f"waiting for data {row['data_wait']:.0%}"]
+    return " · ".join(first), " · ".join(second)
+
+
+def blocks(over: list[float]) -> str:
+    """The histogram that shares of tokens over ascending edges make, as one block a bin; the highest is full."""
+    shares = [one - other for one, other in pairwise([1.0, *over, 0.0])]
+    return "".join(BLOCKS[round(share / max(shares) * (len(BLOCKS) - 1))] for share in shares)
+
+
 def run_training(title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any) -> Path:
-    """Run the trainer with a progress bar and held-out evaluation."""
+    """Run the trainer with a live view and held-out evaluation."""
+    require_wandb(settings.wandb)
     losses = HeldOutLosses(config, tokenizer)
     evaluate = losses if losses.sets else None
     with joined() as ranks:
@@ -75,9 +99,7 @@ def run_training(title: str, config: Config, settings: Train, base: Path, source
             with bar(title, show=ranks.first) as progress:
 
                 def show(row: dict[str, Any], done: float) -> None:
-                    loss = f"loss {row['loss_all']:.3f}, kept {row['loss_kept']:.3f}"
-                    speed = f"{row['tokens_per_second']:,.0f} tokens/s ({row['mfu']:.0%} MFU)"
-                    progress.update(done, f"{row['tokens_seen']:,} tokens, {speed}, {loss}")
+                    progress.update(done, *described(row))
 
                 return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show))
         except Stopped as stopped:

@@ -182,18 +182,45 @@ class RowFiller:
 
     It is full when the next window fits nowhere, so what a step holds is a contiguous run of the stream
     and the state of the stream is one integer. With `alone` a row takes one window.
+
+    Only the stairs are looked at, the rows that have more room than all before them: the first of them that is high
+    enough is the first row with room. Example, room 3 5 2 9 9: the stairs are rows 0, 1 and 3; a window of 4 goes to
+    row 1 and leaves 1 there, and the stairs are rows 0 and 3.
     """
 
     def __init__(self, rows: int, row_tokens: int, alone: bool = False):
-        self.rows: list[list[int]] = [[] for _ in range(rows)]
-        self.room = np.full(rows, row_tokens, dtype=np.int64)
+        self.room = [row_tokens] * rows
         self.alone = alone
+        self.stairs, self.heights = [0], [row_tokens]
 
-    def add(self, index: int, length: int) -> bool:
-        """Place a window of `length` tokens, or say that the rows are full."""
-        fits = np.flatnonzero(self.room >= length)
-        if not len(fits):
-            return False
-        self.rows[fits[0]].append(index)
-        self.room[fits[0]] = 0 if self.alone else self.room[fits[0]] - length
-        return True
+    def fill(self, lengths: Sequence[int], start: int = 0) -> list[int]:
+        """Place the windows from number `start` on; returns the row of each, up to the first that fits nowhere."""
+        room, stairs, heights = self.room, self.stairs, self.heights
+        placed: list[int] = []
+        for number in range(start, len(lengths)):
+            length = lengths[number]
+            stair = bisect_left(heights, length)
+            if stair == len(heights):
+                break
+            row = stairs[stair]
+            left = room[row] = 0 if self.alone else heights[stair] - length
+            placed.append(row)
+            below = heights[stair - 1] if stair else 0
+            if left > below and stair + 1 < len(stairs) and stairs[stair + 1] == row + 1:
+                heights[stair] = left
+            else:
+                self._rebuild(stair, below)
+        return placed
+
+    def _rebuild(self, stair: int, below: int) -> None:
+        """Find what stands in the place of a stair whose row has less room now: its row, those up to the next stair."""
+        height, found = self.heights[stair], []
+        end = self.stairs[stair + 1] if stair + 1 < len(self.stairs) else len(self.room)
+        for row in range(self.stairs[stair], end):
+            if self.room[row] > below:
+                below = self.room[row]
+                found.append(row)
+                if below == height:  # none of them has more
+                    break
+        self.stairs[stair : stair + 1] = found
+        self.heights[stair : stair + 1] = [self.room[row] for row in found]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from schemas.errors import UserError, first_line
 from schemas.place import AnyPlace, Folder
@@ -148,6 +148,16 @@ class Train(Section):
         default=None, gt=1, description="steps whose gradient norm is over so many times the median of 64 are not taken"
     )
     dtype: Dtype = "bfloat16"
+    shard_ranks: int | None = Field(
+        default=None,
+        ge=1,
+        description="ranks that hold one copy of the model between them, e.g. the GPUs of a node; null: all of them",
+    )
+    wandb: str | None = Field(default=None, description="project of Weights & Biases to log to as well, if installed")
+    profile: tuple[int, int] | None = Field(
+        default=None,
+        description="steps to trace, from and to (exclusive): a Chrome trace a rank in the run's `profile`",
+    )
     recompute: Literal["none", "full"] = Field(
         default="none", description="full: layers keep their input alone and run again in the backward"
     )
@@ -167,6 +177,13 @@ class Train(Section):
         if (self.epochs is None) == (self.tokens is None):
             raise ValueError("give either `epochs` or `tokens`")
         return self
+
+    @field_validator("profile")
+    @classmethod
+    def _some_steps(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps and not 1 <= steps[0] < steps[1]:
+            raise ValueError("give the first step (1 or more) and the one after the last")
+        return steps
 
     @model_validator(mode="after")
     def _one_data(self) -> "Train":

@@ -5,9 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from schemas import product
 from schemas.config import Context, Corpus, Score
 from schemas.environment import installed
 from schemas.errors import UserError
+from schemas.forward import ENGINE
 from schemas.seal import digest
 from schemas.shard import WRITING
 from schemas.store import sha256_file
@@ -50,18 +54,24 @@ def dataset_fingerprint(tokenizer: Any, model: Path, corpus: Corpus, context: Co
         "corpus": {"text": corpus.text, "id": corpus.id, "max_chars": corpus.max_chars},
         "context": context.model_dump(),
         "scorer": {
-            "engine": {"hf": "hf-varlen", "vllm": "vllm"}[score.engine],
+            "engine": {"hf": ENGINE, "vllm": "vllm"}[score.engine],
             "dtype": score.dtype,
             "device": "cuda" if score.gpus_per_worker else "cpu",
             "batch_tokens": score.batch_tokens,
             "threads": score.cpus_per_worker,
             "unit_bytes": score.unit_bytes,
             "entropy": score.entropy,
+            **({"product": product.NAME} if _by_onednn(score) else {}),
             **({"compile": True} if score.compile else {}),
             "writing": WRITING,
             **arithmetic(score.engine, score.python),
         },
     }
+
+
+def _by_onednn(score: Score) -> bool:
+    device = "cuda" if score.gpus_per_worker else "cpu"
+    return score.engine == "hf" and product.by_onednn(getattr(torch, score.dtype), device)
 
 
 def arithmetic(engine: str, python: Path | None = None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import nn
 from schemas.attention import bounded
 from schemas.batch import Batch, batches, best_fit, one_a_row
 
+ENGINE = "hf-blocks"  # named anew when the forward's arithmetic changes: scores of two kinds are not mixed
 Isolation = Literal["varlen", "packed", "alone"]
 
 

@@ -4,15 +4,13 @@ L(x_i) = -log P(x_i | x_<i) in nats (Rho-1, equation 1), computed in float32 wha
 chunk by chunk, so that no [tokens, vocab] float32 tensor is kept.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from schemas.batch import IGNORE, Batch
 from schemas.forward import Opened, forward
+from schemas.product import project
 
 CHUNK_TOKENS = 1024
 TILE_TOKENS = 1024  # of the vocabulary, on a CPU
@@ -28,31 +26,6 @@ class Losses:
     def view(self, *shape: int) -> "Losses":
         """The same values in another shape."""
         return Losses(self.loss.view(shape), None if self.entropy is None else self.entropy.view(shape))
-
-
-def project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Logits in float32, [n, vocab], summed in float32 by the product itself.
-
-    Rounding them to bfloat16 would cost up to 0.06 nats at a logit of 20.
-    """
-    if hidden.dtype == torch.float32:
-        return hidden @ weight.T
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    with _narrow_factors():
-        return hidden.float() @ weight.float().T
-
-
-@contextmanager
-def _narrow_factors() -> Iterator[None]:
-    """Float32 products on a CPU may round their factors to bfloat16: for such as hold bfloat16 values that is exact."""
-    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def batch_losses(model: Opened, batch: Batch, entropy: bool = False) -> Losses:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from schemas import attention
+from schemas import attention, product
 from schemas.batch import Batch, collate, one_a_row
 from schemas.errors import UserError, first_line
 from schemas.forward import Isolation, Opened, casting
@@ -47,8 +47,10 @@ class Refused(Exception):
     """The model cannot be used; the message follows its name."""
 
 
-def prove(module: Any, compute: torch.dtype, window: int, name: str) -> Opened:
+def prove(module: Any, compute: torch.dtype, window: int, name: str, onednn: bool = False) -> Opened:
     """What may be done with a model: its head and its isolation. `compute`: dtype of the products it will run in.
+
+    `onednn`: linear layers are given their product by oneDNN once the truth is known, so it is held to that as well.
 
     Raises UserError, naming the model, if it is not causal, gives no finite losses or cannot keep windows apart.
     """
@@ -61,6 +63,8 @@ def prove(module: Any, compute: torch.dtype, window: int, name: str) -> Opened:
             if not all(np.isfinite(losses).all() for losses in truth):
                 raise Refused("gives losses that are not finite: its weights are damaged")
             _check_causal(exact.opened, windows[0], truth[0], exact.tolerance)
+        if onednn:
+            product.install(module)
         apart: list[str] = []
         for isolation in ISOLATIONS:
             if isolation == "varlen" and not attention.install(module):

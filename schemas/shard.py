@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ WRITING: dict[str, Any] = {
     "write_page_checksum": True,
 }
 METADATA_KEY = b"tokensift"
+BESIDE_TOKENS = ("ref_loss", "ref_entropy")
 SCORE_AGAIN = "delete its receipt and run `make score` again"
 # What damaged bytes can raise while they are decoded.
 DECODING = (OSError, pa.ArrowException, KeyError, TypeError, ValueError, OverflowError)
@@ -76,11 +77,11 @@ def encode_shard(windows: Sequence[Window], schema: pa.Schema, metadata: dict[st
         "window": pa.array([window.index for window in windows], pa.int32()),
         "token_hash": pa.array(token_hashes(window.tokens for window in windows), pa.uint64()),
     }
-    for name in ("tokens", "ref_loss", "ref_entropy"):
+    for name in ("tokens", *BESIDE_TOKENS):
         if name in schema.names:
             values[name] = _lists([getattr(window, name) for window in windows], schema.field(name).type)
     full = schema.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
-    floats = [f"{name}.list.element" for name in ("ref_loss", "ref_entropy") if name in schema.names]
+    floats = [f"{name}.list.element" for name in BESIDE_TOKENS if name in schema.names]
     sink = io.BytesIO()
     pq.write_table(
         pa.Table.from_arrays([values[name] for name in schema.names], schema=full),
@@ -97,7 +98,7 @@ def read_windows(table: pa.Table) -> list[Window]:
     """Rows of a score shard's table as windows."""
     nothing = [None] * len(table)
     names = table.schema.names
-    lists = {name: _arrays(table[name]) for name in ("tokens", "ref_loss", "ref_entropy") if name in names}
+    lists = {name: _arrays(table[name]) for name in ("tokens", *BESIDE_TOKENS) if name in names}
     return [
         Window(doc_id=doc_id, index=index, tokens=tokens.astype(np.int64), ref_loss=loss, ref_entropy=entropy, row=row)
         for doc_id, row, index, tokens, loss, entropy in zip(
@@ -149,10 +150,21 @@ def shard_metadata(path: Place, file: pq.ParquetFile) -> ShardMetadata:
     return ShardMetadata(fingerprint=fingerprint, unit=unit)
 
 
-def read_group(path: Place, file: pq.ParquetFile, group: int) -> list[Window]:
-    """One row group, its tokens held against `token_hash`. Raises UserError naming the shard (law 12)."""
+def read_group(
+    path: Place,
+    file: pq.ParquetFile,
+    group: int,
+    rows: Sequence[int] | None = None,
+    columns: Collection[str] | None = None,
+) -> list[Window]:
+    """One row group, or these `rows` of it, tokens held against `token_hash`. Raises UserError naming the shard (law 12).
+
+    columns: what is read of the columns that stand beside the tokens, of each window a value a token; None: all.
+    """
     try:
-        table = file.read_row_group(group)
+        wanted = [n for n in file.schema_arrow.names if columns is None or n not in BESIDE_TOKENS or n in columns]
+        table = file.read_row_group(group, columns=wanted)
+        table = table if rows is None else table.take(pa.array(rows, pa.int64()))
         windows = read_windows(table)
         hashes = token_hashes(window.tokens for window in windows)
         wrong = np.flatnonzero(hashes != table["token_hash"].to_numpy())
@@ -160,10 +172,20 @@ def read_group(path: Place, file: pq.ParquetFile, group: int) -> list[Window]:
         raise UserError(f"{path}: row group {group} is damaged ({first_line(error)})", SCORE_AGAIN) from error
     if len(wrong):
         raise UserError(f"{path}: tokens do not match token_hash in {len(wrong)} rows", SCORE_AGAIN)
-    for window in windows:
-        if window.ref_loss is None or len(window.ref_loss) != len(window.tokens):
-            raise UserError(f"{path}: document {window.doc_id!r}: ref_loss is not as long as tokens", SCORE_AGAIN)
+    if "ref_loss" in wanted:
+        for window in windows:
+            if window.ref_loss is None or len(window.ref_loss) != len(window.tokens):
+                raise UserError(f"{path}: document {window.doc_id!r}: ref_loss is not as long as tokens", SCORE_AGAIN)
     return windows
+
+
+def read_lengths(path: Place, file: pq.ParquetFile, group: int) -> np.ndarray:
+    """Tokens of each window of one row group, int32. Raises UserError naming the shard."""
+    try:
+        tokens = file.read_row_group(group, columns=["tokens"], use_threads=False)["tokens"].combine_chunks()
+        return tokens.value_lengths().to_numpy().astype(np.int32)
+    except DECODING as error:
+        raise UserError(f"{path}: row group {group} is damaged ({first_line(error)})", SCORE_AGAIN) from error
 
 
 def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:

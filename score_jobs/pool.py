@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -45,6 +45,7 @@ SLOW_START_SECONDS = 20.0
 START_SECONDS = 1800.0  # for a node to come free and a model to load
 LEAST_UNIT_SECONDS, UNIT_SECONDS_UNKNOWN, SLOWER = 120.0, 3600.0, 20.0
 CONNECT_SECONDS = 20.0
+LAST_CALL_SECONDS = 30.0  # for the call to Ray that is under way when a job is stopped
 SURVEYS_PER_CPU = 2  # the second waits on its node while the first is read
 SILENCE_SECONDS = 30.0  # without a word from the cluster; Ray itself aborts the driver after 60
 Result = TypeVar("Result")
@@ -353,15 +354,15 @@ class Cluster:
             # Ray's own handler would print its stack; a preempted job ends as an interrupted one does.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         # Calls into a cluster that dies can block for good, so they are made where nobody waits for them.
-        driver = ThreadPoolExecutor(1)
+        ended = _beside(work)
         try:
-            ended = driver.submit(work)
             while not wait([ended], POLL_SECONDS).done:
                 self.check()
             return ended.result()
         finally:
             stop.set()
-            driver.shutdown(wait=False)
+            if not self._gone():  # a call that is under way when we leave would block for good too
+                wait([ended], LAST_CALL_SECONDS)
             self.close()
 
     def close(self) -> None:
@@ -373,6 +374,20 @@ class Cluster:
             self.keeper.close()
         if self.starter:
             self.starter.shutdown(wait=False)
+
+
+def _beside(work: Callable[[], Result]) -> Future[Result]:
+    """Do `work` in a thread that the end of this process does not wait for, as it would for an executor's."""
+    ended: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(work())
+        except BaseException as error:  # handed to whoever waits
+            ended.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return ended
 
 
 def _runtime_env(score: Score) -> dict[str, Any]:

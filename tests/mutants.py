@@ -1,8 +1,9 @@
 """`make mutants PATH=schemas/seal.py`: does a test fail for every small mistake that could be made in a module?
 
 Runs mutmut in a copy of the tree on one module, or on each of a folder, against the tests that mirror it:
-`trainer/head.py` against `tests/trainer/test_head.py`. Prints how many mutants were killed and the difference of each
-that survived. mutmut leaves constants of a module and functions under a decorator as they are.
+`trainer/head.py` against `tests/trainer/test_head.py`, or against those that `TESTS="..."` names. Prints how many mutants
+were killed and the difference of each that survived. mutmut leaves constants of a module and functions under a decorator
+as they are.
 """
 
 import os
@@ -46,9 +47,9 @@ def main() -> None:
 
 def mutate(module: Path) -> None:
     """Run the mutants of one module and print what became of them."""
-    tests = ROOT / "tests" / module.parent / f"test_{module.name}"
-    if not tests.exists():
-        print(f"{module}: no {tests.relative_to(ROOT)}")
+    tests = os.environ.get("TESTS", "").split() or [f"tests/{module.parent}/test_{module.name}"]
+    if missing := [name for name in tests if not (ROOT / name).exists()]:
+        print(f"{module}: no {', '.join(missing)}; name its tests as in TESTS=tests/score_jobs/test_corpus.py")
         return
     shutil.rmtree(COPY, ignore_errors=True)
     COPY.mkdir(parents=True)
@@ -56,9 +57,7 @@ def mutate(module: Path) -> None:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, COPY / name)
     others = [name for name in (*PACKAGES, *ALSO) if name != module.parts[0]]
-    text = CONFIG.format(
-        package=module.parts[0], module=module, others="\n  ".join(others), tests=tests.relative_to(ROOT)
-    )
+    text = CONFIG.format(package=module.parts[0], module=module, others="\n  ".join(others), tests="\n  ".join(tests))
     (COPY / "setup.cfg").write_text(text)
     run = mutmut("run", "--max-children", "1")
     lines = [line.strip().rpartition(": ") for line in mutmut("results", "--all", "true").splitlines() if ": " in line]

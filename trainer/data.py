@@ -2,11 +2,12 @@
 
 The order is a pure function of (seed, epoch) and of the dataset: row groups are permuted, then windows are
 shuffled inside blocks of `shuffle_groups` row groups. Each row group is therefore read once an epoch, and any
-position in the order can be opened by reading one block. State is one integer: windows consumed.
+position in the order is found without reading anything. State is one integer: windows consumed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,9 +17,11 @@ from schemas.fingerprint import difference
 from schemas.place import Place, each
 from schemas.receipt import Layout, Receipt, read_complete, read_dataset, read_receipts
 from schemas.seal import digest
-from schemas.shard import SCORE_AGAIN, Window, open_shard, read_group, shard_metadata
+from schemas.shard import SCORE_AGAIN, Window, open_shard, read_group, read_lengths, shard_metadata
 from schemas.window import token_hashes
 from trainer.cache import Cache
+from trainer.lengths import indexed
+from trainer.ranks import ALONE, Ranks
 
 
 class Source(Protocol):
@@ -29,8 +32,19 @@ class Source(Protocol):
     tokens: int
     columns: frozenset[str]
 
-    def read(self, group: int) -> list[Window]:
-        """The windows of one group, in stored order."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each window, int32 [windows], in stored order. Raises UserError naming a shard that is damaged."""
+        ...
+
+    def index(self, ranks: Ranks) -> None:
+        """Have `lengths` ready, the work shared out over the ranks, each of which must call."""
+        ...
+
+    def read(
+        self, group: int, rows: Sequence[int] | None = None, columns: Collection[str] | None = None
+    ) -> list[Window]:
+        """The windows of one group, in stored order, or these `rows` of it; `columns`: of `columns` only these are needed."""
         ...
 
 
@@ -53,6 +67,7 @@ class ScoreShards:
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
         self.tokens = sum(receipt.tokens for receipt in receipts.values())
+        self._lengths: np.ndarray | None = None
         entropy = bool(self.dataset["scorer"].get("entropy"))
         self.columns = frozenset({"ref_loss", "ref_entropy"} if entropy else {"ref_loss"})
 
@@ -78,10 +93,36 @@ class ScoreShards:
         rows = (receipt.input_hash, receipt.first_document, receipt.end_document)
         return [Group(path=path, index=index, windows=size, rows=rows) for index, size in enumerate(sizes)]
 
-    def read(self, group: int) -> list[Window]:
-        """The windows of one row group, their token hashes checked. Raises UserError naming the shard."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each window, int32 [windows], in stored order. Raises UserError naming a shard that is damaged."""
+        if self._lengths is None:
+            self._lengths = self._indexed(ALONE)
+        return self._lengths
+
+    def index(self, ranks: Ranks) -> None:
+        """Have `lengths` ready: read from beside the scores, or off the shards, of which each rank takes its share."""
+        self._lengths = self._indexed(ranks)
+
+    def _indexed(self, ranks: Ranks) -> np.ndarray:
+        return indexed(self.root, self.fingerprint, self.group_sizes, self._lengths_of, ranks)
+
+    def _lengths_of(self, first: int, end: int) -> Iterator[np.ndarray]:
+        """Lengths of the windows of row groups `first` to `end`, a shard at a time."""
+        shards = [list(groups) for _, groups in groupby(self.groups[first:end], key=lambda group: group.path)]
+
+        def read(groups: list[Group]) -> np.ndarray:
+            file = open_shard(self.cache.open(groups[0].path))
+            return np.concatenate([read_lengths(group.path, file, group.index) for group in groups])
+
+        return each(self.root, read, shards)
+
+    def read(
+        self, group: int, rows: Sequence[int] | None = None, columns: Collection[str] | None = None
+    ) -> list[Window]:
+        """The windows of one row group, or these `rows` of it, token hashes checked. Raises UserError naming the shard."""
         wanted = self.groups[group]
-        return read_group(wanted.path, open_shard(self.cache.open(wanted.path)), wanted.index)
+        return read_group(wanted.path, open_shard(self.cache.open(wanted.path)), wanted.index, rows, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,51 +169,68 @@ class MemoryWindows:
         self.group_sizes = np.array(
             [len(windows[i : i + group]) for i in range(0, len(windows), group)], dtype=np.int64
         )
-        self.tokens = sum(len(window) for window in windows)
+        self.lengths = np.array([len(window) for window in windows], dtype=np.int32)
+        self.tokens = int(self.lengths.sum())
         self.fingerprint = digest([int(value) for value in token_hashes(windows)])
 
-    def read(self, group: int) -> list[Window]:
-        """The windows of one group."""
+    def index(self, ranks: Ranks) -> None:
+        """Nothing: the lengths are known."""
+
+    def read(
+        self, group: int, rows: Sequence[int] | None = None, columns: Collection[str] | None = None
+    ) -> list[Window]:
+        """The windows of one group, or these `rows` of it."""
         start = group * self.group
         return [
-            Window(doc_id=f"#{start + i}", index=0, tokens=tokens, ref_loss=None)
-            for i, tokens in enumerate(self.windows[start : start + self.group])
+            Window(doc_id=f"#{start + i}", index=0, tokens=self.windows[start + i], ref_loss=None)
+            for i in (range(int(self.group_sizes[group])) if rows is None else rows)
         ]
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """A window and its place: `key` is its number in stored order, whatever the `epoch`."""
+class Stretch:
+    """Windows that follow each other: the epoch of each, and its key, its number in stored order, int64 [windows]."""
 
-    epoch: int
-    key: int
-    window: Window
+    epochs: np.ndarray
+    keys: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, which: slice | np.ndarray) -> "Stretch":
+        return Stretch(self.epochs[which], self.keys[which])
+
+    @classmethod
+    def join(cls, parts: Sequence["Stretch"]) -> "Stretch":
+        """One after another."""
+        return cls(np.concatenate([part.epochs for part in parts]), np.concatenate([part.keys for part in parts]))
 
 
-def ordered(source: Source, seed: int, shuffle_groups: int, position: int) -> Iterator[Placed]:
+def ordered(source: Source, seed: int, shuffle_groups: int, position: int) -> Iterator[Stretch]:
     """Windows from `position` on, without end: epoch after epoch, each in its own order.
 
     Example, groups of 3, 2 and 4 windows, shuffle_groups 2: the permutation 2 0 1 makes the blocks {5 6 7 8, 0 1 2} and
-    {3 4}; each is shuffled in itself, so position 7 opens the second block and reads group 1 alone.
+    {3 4}; each is shuffled in itself and is a stretch, so position 7 opens the second block.
     """
     total = int(source.group_sizes.sum())
     if total == 0:
         raise UserError("the dataset holds no windows", "look at it with `tokensift inspect`")
     first_key = [0, *np.cumsum(source.group_sizes).tolist()]
+    epoch, offset = divmod(position, total)
     while True:
-        epoch, offset = divmod(position, total)
         rng = np.random.default_rng([seed, epoch])
         groups = rng.permutation(len(source.group_sizes))
         for start in range(0, len(groups), shuffle_groups):
             block = groups[start : start + shuffle_groups]
             size = int(source.group_sizes[block].sum())
             shuffle = rng.permutation(size)
-            if offset >= size:
-                offset -= size
-                continue
-            keys = np.concatenate([np.arange(first_key[group], first_key[group + 1]) for group in block])
-            windows = [window for group in block for window in source.read(int(group))]
-            for index in shuffle[offset:]:
-                yield Placed(epoch=epoch, key=int(keys[index]), window=windows[index])
-                position += 1
-            offset = 0
+            if offset < size:
+                keys = np.concatenate([np.arange(first_key[group], first_key[group + 1]) for group in block])
+                yield Stretch(epochs=np.full(size - offset, epoch), keys=keys[shuffle[offset:]])
+            offset = max(0, offset - size)
+        epoch += 1
+
+
+def block_windows(source: Source, shuffle_groups: int) -> int:
+    """Most windows of a block."""
+    return int(source.group_sizes.max(initial=1)) * min(shuffle_groups, len(source.group_sizes))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from schemas.batch import IGNORE
-from schemas.loss import CHUNK_TOKENS, project
+from schemas.loss import CHUNK_TOKENS
+from schemas.product import project
 
 KEPT_BYTES = 2 << 30
 Choose = Callable[[torch.Tensor], torch.Tensor]  # float32 losses of any shape -> mask of the same shape

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -68,12 +69,13 @@ def recompute(module: Any) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def parallelize(live: Live, world: int) -> Live:
-    """Shard parameters, gradients and optimizer state over the ranks (FSDP2), one unit a decoder layer.
+def parallelize(live: Live, mesh: DeviceMesh | None) -> Live:
+    """Shard parameters, gradients and optimizer state over a mesh of ranks (FSDP2), one unit a decoder layer.
 
-    Raises UserError if the model has no list of them.
+    Over [copies, holders] (HSDP) gradients are added up within a copy, then over copies. None: one rank, nothing is done.
+    Raises UserError if the model has no list of layers.
     """
-    if world == 1:
+    if mesh is None:
         return live
     compute = live.opened.compute
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=torch.float32)
@@ -82,9 +84,9 @@ def parallelize(live: Live, world: int) -> Live:
         name = type(live.model).__name__
         raise UserError(f"base: {name} has no list of decoder layers, so it cannot be sharded", "use one GPU")
     for layer in layers:
-        fully_shard(layer, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     # The root unit holds embeddings, last norm and head: gathered once, for the forward and the kept-rows backward.
-    fully_shard(live, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(live, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in live.modules():
         if isinstance(module, FSDPModule):
             # The loss is already divided by the step's global count, so ranks add up.

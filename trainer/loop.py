@@ -29,7 +29,8 @@ from trainer.metrics import Log, StepStats, peak_memory
 from trainer.mixture import Mixture
 from trainer.optimizer import adamw, learning_rate
 from trainer.parts import Parts, fill
-from trainer.ranks import Ranks
+from trainer.profiler import Profiler
+from trainer.ranks import Ranks, holders
 from trainer.saver import Saver
 from trainer.selection import Selection
 from trainer.spikes import LOUD, is_spike, remembered, spelled, worst
@@ -50,6 +51,9 @@ FREE_SETTINGS = {
     "cache",
     "cache_bytes",
     "recompute",  # the same bits: tests/trainer/test_live.py
+    "wandb",
+    "profile",
+    "shard_ranks",  # as the number of ranks: sums are rounded in another order
 }
 VERSIONS = ("torch", "transformers", "numpy")  # numpy draws the order
 CHECKPOINTS = "checkpoints"
@@ -94,9 +98,10 @@ def _train(run: Run, final: Path) -> Path:
     saved, state = found(run, origin, run.ranks)
     if saved == final:
         return final
+    run.source.index(run.ranks)
     live, optimizer = build(run, saved)
     geometry = geometry_of(run, alone=live.opened.isolation == "alone")
-    log = Log(run.config.output, state.step) if run.ranks.first else None
+    log = Log(run.config.output, state.step, run.config.wandb, origin["train"]) if run.ranks.first else None
     if log:
         log.write("model", state.step, {"isolation": live.opened.isolation, "linear_head": live.opened.linear})
     if state.step == 0:
@@ -110,16 +115,16 @@ def _train(run: Run, final: Path) -> Path:
     )
     folder = run.config.output / CHECKPOINTS
     saver = Saver(folder, live, run.tokenizer, optimizer, run.config, run.ranks, state.step)
-    with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop, saver:
-        state = loop(run, live, optimizer, stream, geometry, state, log, stop, saver)
+    logged = closing(log) if log else nullcontext()
+    profiler = Profiler(run.config.output / "profile", run.config.profile, run.ranks)
+    with closing(prefetched(steps(order, geometry, state.position))) as stream, Stop() as stop, saver, logged, profiler:
+        state = loop(run, live, optimizer, stream, geometry, state, log, stop, saver, profiler)
         if not run.config.evaluate_every or state.step % run.config.evaluate_every:
             evaluate(run, live, log, state)
         save(saver, log, state)
     if run.ranks.first:
         export(checkpoint.folder_of(folder, state.step), final)
     run.ranks.wait()
-    if log:
-        log.close()
     return final
 
 
@@ -147,11 +152,13 @@ def loop(
     log: Log | None,
     stop: "Stop",
     saver: Saver,
+    profiler: Profiler,
 ) -> State:
     """Steps until the run is done; returns the last state. Raises Stopped, with a checkpoint saved, if asked to."""
     config, ranks = run.config, run.ranks
     weights, peak = Weights.of(live.model), ranks.world * matmul_peak(live.opened.compute, str(ranks.device))
     while (done := progress(run, state.step, state.position, geometry)) < 1:
+        profiler.at(state.step + 1)
         started = time.perf_counter()
         step = next(stream)
         waited = time.perf_counter() - started
@@ -168,7 +175,7 @@ def loop(
             if spike:
                 skipped = bool(config.skip_spikes)
                 log.write("spike", state.step, {"grad_norm": row["grad_norm"], "skipped": skipped, "windows": spike})
-        run.report(row, progress(run, state.step, state.position, geometry))
+        run.report({"step": state.step, **row}, progress(run, state.step, state.position, geometry))
         if config.evaluate_every and state.step % config.evaluate_every == 0:
             evaluate(run, live, log, state)
         status = ranks.greatest(stop.status or saver.failed)  # all ranks leave at the same step
@@ -241,7 +248,7 @@ def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
     )
     if run.config.recompute == "full":
         recompute(opened.module)
-    live = parallelize(Live(opened), run.ranks.world)
+    live = parallelize(Live(opened), run.ranks.mesh(run.config.shard_ranks))
     optimizer = adamw(live.parameters(), run.config)
     if saved:
         fill(Parts(saved), live, optimizer)
@@ -251,7 +258,7 @@ def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
 def geometry_of(run: Run, alone: bool = False) -> Geometry:
     """How a step is cut: `train.micro_rows` a forward, or the most below it that divides the step evenly.
 
-    Raises UserError if the step's rows cannot be shared out.
+    Raises UserError if the step's rows, or the copies of the model, cannot be shared out.
     """
     config, ranks = run.config, run.ranks
     row_tokens = config.row_tokens or run.context.window
@@ -265,6 +272,7 @@ def geometry_of(run: Run, alone: bool = False) -> Geometry:
             f"train.tokens_per_step: {rows} rows of {row_tokens} tokens cannot be shared out among {ranks.world} ranks",
             f"make it a multiple of {row_tokens * ranks.world}, or change the number of ranks",
         )
+    holders(ranks.world, config.shard_ranks)
     own = rows // ranks.world
     micro_rows = next(size for size in range(min(config.micro_rows, own), 0, -1) if own % size == 0)
     return Geometry(

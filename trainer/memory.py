@@ -19,6 +19,7 @@ from schemas.forward import decoder_layers
 from schemas.loss import CHUNK_TOKENS
 from trainer.head import KEPT_BYTES
 from trainer.live import recompute
+from trainer.ranks import holders
 
 FLOAT = 4  # bytes
 
@@ -60,7 +61,7 @@ def foretell(base: Path, config: Train, rows: int, row_tokens: int, world: int) 
     if config.recompute == "full":
         # Besides the layers' inputs, what one layer keeps while it runs again.
         kept = kept // shape.layers + kept_by_autograd(base, compute, rows, row_tokens, world > 1, again=True)[0]
-    own = -(-shape.parameters // world) * FLOAT
+    own = -(-shape.parameters // holders(world, config.shard_ranks)) * FLOAT
     return shape, Memory(
         parameters=own,
         gradients=own,

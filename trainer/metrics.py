@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from schemas.store import fsync_file, write_atomic
+from trainer.board import boards
 from trainer.ranks import Ranks
 
 SCORE_EDGES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # nats, of the histogram of what was ranked
@@ -81,15 +81,18 @@ def peak_memory(device: torch.device) -> int:
 class Log:
     """Writes metrics rows of one run; only the first rank has one."""
 
-    def __init__(self, folder: Path, step: int):
-        """Open the log of a run that goes on after `step`: later rows, written before a crash, are dropped."""
+    def __init__(self, folder: Path, step: int, wandb: str | None = None, settings: dict[str, Any] | None = None):
+        """Open the log of a run that goes on after `step`: later rows, written before a crash, are dropped.
+
+        `wandb`: a project there, which is told the run's `settings`. Raises UserError if it cannot be reached.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] < step or (row["step"] == step and step > 0)]
         self.kept = {(row["kind"], row["step"]) for row in kept if row["step"] == step}
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self.boards = boards(folder, step, wandb, settings or {})
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Add one row, unless it is there from before a crash."""
@@ -97,12 +100,12 @@ class Log:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
-            elif name == "score_over" and value:
-                for edge, share in zip(SCORE_EDGES, value, strict=True):
-                    self.board.add_scalar(f"{kind}/{name}/{edge:g}", share, step)
+        figures = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        if over := values.get("score_over"):
+            edges = zip(SCORE_EDGES, over, strict=True)
+            figures |= {f"{kind}/score_over/{edge:g}": share for edge, share in edges}
+        for board in self.boards:
+            board.draw(figures, step)
 
     def sync(self) -> None:
         """Make the rows durable: a checkpoint must not outlive the rows before it."""
@@ -111,7 +114,8 @@ class Log:
     def close(self) -> None:
         """Flush and close."""
         self.file.close()
-        self.board.close()
+        for board in self.boards:
+            board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

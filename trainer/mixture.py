@@ -1,16 +1,18 @@
 """Mixtures: several data sets interleaved by weight, so that any place of the order is found from one integer."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from schemas.errors import UserError
 from schemas.seal import digest
 from schemas.shard import Window
-from trainer.data import Placed, Source, ordered
+from trainer.data import Source, Stretch, block_windows, ordered
+from trainer.ranks import Ranks
 
 SCALE = 1 << 20  # distances between windows are whole numbers, so that no place depends on how a sum was rounded
+STRETCH = 1024  # windows that are merged at a time
 
 
 class Mixture:
@@ -40,13 +42,35 @@ class Mixture:
         shares = [float(weight) for weight in weights]
         self.fingerprint = digest([[s.fingerprint, share] for s, share in zip(sources, shares, strict=True)])
 
-    def read(self, group: int) -> list[Window]:
-        """The windows of one group; groups are numbered source after source."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each window, int32 [windows], source after source."""
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.concatenate([source.lengths for source in self.sources])
+
+    def index(self, ranks: Ranks) -> None:
+        """Have `lengths` ready, the work shared out over the ranks."""
+        for source in self.sources:
+            source.index(ranks)
+
+    def read(
+        self, group: int, rows: Sequence[int] | None = None, columns: Collection[str] | None = None
+    ) -> list[Window]:
+        """The windows of one group, or these `rows` of it; groups are numbered source after source."""
         for source in self.sources:
             if group < len(source.group_sizes):
-                return source.read(group)
+                return source.read(group, rows, columns)
             group -= len(source.group_sizes)
         raise IndexError(group)
+
+    def block(self, shuffle_groups: int) -> int:
+        """Most windows of the order that come while one of the sources goes through a block of its own."""
+        rates = [1 / distance for distance in self.distances]
+        blocks = [block_windows(source, shuffle_groups) for source in self.sources]
+        return max(round(size * sum(rates) / rate) for size, rate in zip(blocks, rates, strict=True)) + len(rates)
 
     def drawn(self, position: int) -> list[int]:
         """How many windows of each source are among the first `position` of the order."""
@@ -66,14 +90,38 @@ class Mixture:
                 counts[number] = last
         return counts
 
-    def ordered(self, seed: int, shuffle_groups: int, position: int) -> Iterator[Placed]:
-        """Windows from `position` on, without end; `shuffle_groups` row groups of each source are held at a time."""
+    def ordered(self, seed: int, shuffle_groups: int, position: int) -> Iterator[Stretch]:
+        """Windows from `position` on, without end; each source in its own order."""
         drawn = self.drawn(position)
-        streams = [ordered(s, seed, shuffle_groups, count) for s, count in zip(self.sources, drawn, strict=True)]
-        due = [distance * (2 * count + 1) for distance, count in zip(self.distances, drawn, strict=True)]
+        feeds = [Feed(ordered(s, seed, shuffle_groups, count)) for s, count in zip(self.sources, drawn, strict=True)]
         first_key = [0, *np.cumsum(self.windows).tolist()]
         while True:
-            number = due.index(min(due))
-            placed = next(streams[number])
-            yield replace(placed, key=first_key[number] + placed.key)
-            due[number] += 2 * self.distances[number]
+            position += STRETCH
+            after = self.drawn(position)
+            counts = [end - start for start, end in zip(drawn, after, strict=True)]
+            dues = [distance * (2 * count + 1) for distance, count in zip(self.distances, drawn, strict=True)]
+            # From the earliest on: whole numbers of any size become such of 64 bits.
+            due = [
+                due - min(dues) + 2 * distance * np.arange(count)
+                for due, distance, count in zip(dues, self.distances, counts, strict=True)
+            ]
+            windows = Stretch.join([feed.take(count) for feed, count in zip(feeds, counts, strict=True)])
+            windows.keys[:] += np.repeat(first_key[:-1], counts)
+            yield windows[np.argsort(np.concatenate(due), kind="stable")]  # of equals the earlier source
+            drawn = after
+
+
+class Feed:
+    """Takes any number of windows off stretches."""
+
+    def __init__(self, stretches: Iterator[Stretch]):
+        self.stretches, self.rest = stretches, Stretch(np.empty(0, np.int64), np.empty(0, np.int64))
+
+    def take(self, count: int) -> Stretch:
+        """The next `count` windows."""
+        parts = [self.rest]
+        while sum(map(len, parts)) < count:
+            parts.append(next(self.stretches))
+        joined = Stretch.join(parts)
+        self.rest = joined[count:]
+        return joined[:count]

@@ -157,7 +157,8 @@ class Parts:
         start, local = 0, into
         if isinstance(into, DTensor):
             local, mesh = into.to_local(), into.device_mesh
-            start = min(len(into), mesh.get_local_rank() * -(-len(into) // mesh.size()))
+            last = mesh.ndim - 1  # before it, copies (`Ranks.mesh`)
+            start = min(len(into), mesh.get_local_rank(last) * -(-len(into) // mesh.size(last)))
         at = 0
         for block in self.rows(name, start, start + len(local)):
             local[at : at + len(block)].copy_(block)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from schemas.errors import UserError, first_line
@@ -36,6 +37,15 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+    def mesh(self, most: int | None = None) -> DeviceMesh | None:
+        """The ranks as [holders of a copy], or as [copies, holders] if there are several; None for one rank alone."""
+        if self.world == 1:
+            return None
+        inner = holders(self.world, most)
+        shape, names = (self.world // inner, inner), ("copy", "shard")
+        first = int(inner == self.world)
+        return init_device_mesh(self.device.type, shape[first:], mesh_dim_names=names[first:])
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over the ranks, in place."""
@@ -85,6 +95,21 @@ class Ranks:
         """Return when every rank has come here."""
         if self.world > 1:
             dist.barrier()
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def holders(world: int, most: int | None) -> int:
+    """How many of `world` ranks, one after another, hold a copy of the model between them (`train.shard_ranks`).
+
+    Raises UserError if the ranks are no whole number of copies.
+    """
+    count = min(most or world, world)
+    if world % count:
+        fix = "name a number that divides the ranks, e.g. the GPUs of a node"
+        raise UserError(f"train.shard_ranks: {world} ranks are no whole number of copies of {count}", fix)
+    return count
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Several references over one corpus: their score datasets joined window by window, so nothing is tokenised again."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +10,7 @@ from schemas.fingerprint import difference
 from schemas.seal import digest
 from schemas.shard import Window
 from trainer.data import ScoreShards
+from trainer.ranks import Ranks
 
 SAME_PARTS = ("tokenizer", "context", "corpus")
 
@@ -33,11 +34,25 @@ class References:
         self.fingerprint = digest([one.fingerprint for one in datasets])
         self.matches = [_match(first, other) for other in others]
 
-    def read(self, group: int) -> list[Window]:
-        """The windows of one row group of the first dataset. Raises UserError if another holds other tokens there."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each window, int32 [windows]."""
+        return self.datasets[0].lengths
+
+    def index(self, ranks: Ranks) -> None:
+        """Have `lengths` ready, the work shared out over the ranks."""
+        self.datasets[0].index(ranks)
+
+    def read(
+        self, group: int, rows: Sequence[int] | None = None, columns: Collection[str] | None = None
+    ) -> list[Window]:
+        """The windows of one row group of the first dataset, or these `rows` of it.
+
+        Raises UserError if another holds other tokens there.
+        """
         first, *others = self.datasets
-        windows = first.read(group)
-        scored = [other.read(match[group]) for other, match in zip(others, self.matches, strict=True)]
+        windows = first.read(group, rows, columns)
+        scored = [other.read(match[group], rows, columns) for other, match in zip(others, self.matches, strict=True)]
         for other, found in zip(others, scored, strict=True):
             for one, same in zip(windows, found, strict=True):
                 if one.doc_id != same.doc_id or one.index != same.index or not np.array_equal(one.tokens, same.tokens):

@@ -15,14 +15,14 @@ from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.live import Live
 from trainer.parts import Snapshot, own
-from trainer.ranks import COLLECTIVE_SECONDS, Ranks
+from trainer.ranks import COLLECTIVE_SECONDS, Ranks, holders
 
 
 class Saver:
     """Writes the checkpoints of a run; every rank has one, and calls it at the same steps.
 
-    Host memory of a rank: a copy of its own rows of weights and moments, 12 bytes a parameter over the ranks, kept from
-    the first save on. Leaving the block waits for what is being written.
+    Host memory of a rank of the first copy: a copy of its own rows of weights and moments, 12 bytes a parameter over the
+    ranks that hold one, kept from the first save on. Leaving the block waits for what is being written.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Saver:
         """`folder` of the checkpoints; `last`: the step of the one that the run goes on from."""
         self.folder, self.live, self.tokenizer, self.optimizer = folder, live, tokenizer, optimizer
         self.config, self.ranks, self.last = config, ranks, last
+        self.writes = ranks.rank < holders(ranks.world, config.shard_ranks)  # other copies hold the same rows
         # Threads talk in a group of their own: collectives of one group must come in one order.
         limit = timedelta(seconds=COLLECTIVE_SECONDS)
         self.group = dist.new_group(backend="gloo", timeout=limit) if ranks.world > 1 else None
@@ -61,7 +62,8 @@ class Saver:
     def save(self, state: State) -> None:
         """Begin to write a checkpoint. Raises what went wrong with the one before, which is waited for."""
         self.wait()
-        self.snapshot.take(own(self.live, self.optimizer, self.ranks.first))
+        if self.writes:
+            self.snapshot.take(own(self.live, self.optimizer, self.ranks.first))
         self.last = state.step
         self.thread = Thread(target=self._write, args=(state,), name="checkpoint", daemon=True)
         self.thread.start()
@@ -83,6 +85,8 @@ class Saver:
             self.error = error
 
     def _write_own(self, partial: Path) -> dict[str, str]:
+        if not self.writes:
+            return {}
         partial.mkdir(parents=True, exist_ok=True)
         name = f"rank-{self.ranks.rank:05d}.safetensors"
         return {name: self.snapshot.write(partial / name)}

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.ranks import Ranks
+from trainer.ranks import ALONE, Ranks
 
 Columns = Mapping[str, torch.Tensor]  # float32, shaped as the losses, NaN where nothing is predicted
 Score = Callable[[torch.Tensor, Columns], torch.Tensor]  # live losses and columns to scores: the highest are kept
-ALONE = Ranks(0, 1, torch.device("cpu"))
 DIGITS = (11, 11, 10)  # bits of a float32, the highest first: histograms of 16 KB at most go between the ranks
 
 

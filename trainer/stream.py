@@ -1,25 +1,31 @@
 """Optimizer steps: a run of the order packed into the step's rows, identical on every rank.
 
-Each rank packs the whole step and keeps its own rows, so the number of selected tokens is known everywhere
-before any forward, and no rank has state of its own.
+Each rank packs the whole step, from the lengths of its windows alone, and reads its own windows, so the number of
+selected tokens is known everywhere before any forward, and no rank has state of its own.
 """
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from schemas.batch import Batch, RowFiller, collate, renumbered
-from trainer.data import Placed, Source, ordered
+from schemas.batch import Batch, RowFiller, collate
+from trainer.ahead import Ahead, Placed
+from trainer.data import Source, Stretch, block_windows, ordered
 from trainer.mixture import Mixture
 
 CHANCE = "chance"  # the column that no data hold: draws of the random control
 PREFETCHED_STEPS = 2
 JOIN_SECONDS = 60
+
+
+MOST_AHEAD = 1 << 18  # windows that are planned ahead, however rarely a mixture comes to the end of a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,56 +92,138 @@ class Order:
     skip: Sequence[tuple[int, int]] = ()
 
     def windows(self, position: int) -> Iterator[tuple[int, Placed]]:
-        """Places and windows from `position` on, without end."""
+        """Places and windows from `position` on, without end, a stretch read at a time: for a look, not for training."""
+        with closing(Ahead(self.source, self.source.columns)) as ahead:
+            for place, stretch in self.stretches(position):
+                ahead.want(stretch)
+                ahead.ask(stretch)
+                yield from enumerate(ahead.take(stretch), place)
+
+    def stretches(self, position: int) -> Iterator[tuple[int, Stretch]]:
+        """Windows from `position` on, without end, and the place of each stretch's first."""
         for start, end in self.skip:
             if position < end:
-                yield from islice(self._from(position), max(0, start - position))
+                for place, stretch in self._from(position):
+                    if place >= start:
+                        break
+                    yield place, stretch[: start - place]
                 position = end
         yield from self._from(position)
 
-    def _from(self, position: int) -> Iterator[tuple[int, Placed]]:
+    def _from(self, position: int) -> Iterator[tuple[int, Stretch]]:
         if isinstance(self.source, Mixture):
-            windows = self.source.ordered(self.seed, self.shuffle_groups, position)
+            stretches = self.source.ordered(self.seed, self.shuffle_groups, position)
         else:
-            windows = ordered(self.source, self.seed, self.shuffle_groups, position)
-        return enumerate(windows, position)
+            stretches = ordered(self.source, self.seed, self.shuffle_groups, position)
+        for stretch in stretches:
+            yield position, stretch
+            position += len(stretch)
+
+    @property
+    def block(self) -> int:
+        """After so many windows none comes of a row group that came before, until the next epoch."""
+        if isinstance(self.source, Mixture):
+            return self.source.block(self.shuffle_groups)
+        return block_windows(self.source, self.shuffle_groups)
 
 
-def steps(order: Order, geometry: Geometry, position: int) -> Iterator[Step]:
-    """Steps from `position` on, without end."""
-    windows = order.windows(position)
-    position, waiting = next(windows)
-    while True:
-        filler, members = RowFiller(geometry.rows, geometry.row_tokens, geometry.alone), []
-        while filler.add(len(members), len(waiting.window.tokens)):
-            members.append(waiting)
-            position, waiting = next(windows)
-        yield _step(filler.rows, members, order, geometry, position)
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A micro-batch as one rank needs it: valid tokens of all ranks' windows, its own windows, how many a row takes."""
+
+    counts: np.ndarray
+    own: Stretch
+    sizes: list[int]
 
 
-def _step(rows: list[list[int]], members: list[Placed], order: Order, geometry: Geometry, position: int) -> Step:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step before its windows are read, a share for each micro-batch; the rest is as in `Step`."""
+
+    shares: list[Share]
+    position: int
+    tokens: int
+    padding: float
+
+    @property
+    def own(self) -> Stretch:
+        """All windows of this rank."""
+        return Stretch.join([share.own for share in self.shares])
+
+
+def plans(order: Order, geometry: Geometry, position: int) -> Iterator[Plan]:
+    """Steps from `position` on, without end, from lengths alone."""
+    filler, parts = RowFiller(geometry.rows, geometry.row_tokens, geometry.alone), []
+    for place, stretch in order.stretches(position):
+        lengths, start = order.source.lengths[stretch.keys], 0
+        numbers = lengths.tolist()
+        while start < len(stretch):
+            rows = filler.fill(numbers, start)
+            end = start + len(rows)
+            parts.append((stretch[start:end], lengths[start:end], np.array(rows, dtype=np.int32)))
+            if end < len(stretch):  # the next one fits nowhere
+                windows, sizes, rows = zip(*parts, strict=True)
+                taken = Stretch.join(windows), np.concatenate(sizes), np.concatenate(rows)
+                yield _plan(*taken, geometry, place + end)
+                filler, parts = RowFiller(geometry.rows, geometry.row_tokens, geometry.alone), []
+            start = end
+
+
+def _plan(windows: Stretch, lengths: np.ndarray, rows: np.ndarray, geometry: Geometry, position: int) -> Plan:
     """Cut a step's rows: micro-batch after micro-batch, each rank's rows side by side.
 
     Example, 8 rows, micro_rows 2, two ranks: rank 0 runs rows 0 1, then 4 5; rank 1 runs rows 2 3, then 6 7.
     """
-    per_micro = geometry.micro_rows * geometry.world
-    micros = []
-    for start in range(0, geometry.rows, per_micro):
+    by_row = np.argsort(rows, kind="stable")
+    counts = lengths[by_row] - 1
+    # Of the windows by row, where each row begins, and where the last one ends.
+    first = np.searchsorted(rows[by_row], np.arange(geometry.rows + 1)).tolist()
+    shares = []
+    for start in range(0, geometry.rows, geometry.micro_rows * geometry.world):
         own = start + geometry.rank * geometry.micro_rows
-        counts = [len(members[i].window.tokens) - 1 for row in rows[start : start + per_micro] for i in row]
-        micros.append(_micro_batch(rows[own : own + geometry.micro_rows], members, counts, order, geometry.row_tokens))
-    tokens = sum(len(member.window.tokens) for member in members)
-    padding = 1 - tokens / (geometry.rows * geometry.row_tokens)
-    return Step(micros=micros, position=position, tokens=tokens, padding=padding)
+        edges = first[own : own + geometry.micro_rows + 1]
+        shares.append(
+            Share(
+                counts=counts[first[start] : first[start + geometry.micro_rows * geometry.world]],
+                own=windows[by_row[edges[0] : edges[-1]]],
+                sizes=[end - begin for begin, end in pairwise(edges)],
+            )
+        )
+    tokens = int(lengths.sum())
+    return Plan(shares, position, tokens, padding=1 - tokens / (geometry.rows * geometry.row_tokens))
 
 
-def _micro_batch(
-    rows: list[list[int]], members: list[Placed], counts: list[int], order: Order, row_tokens: int
-) -> MicroBatch:
-    own = [members[index] for row in rows for index in row]
-    batch = collate([placed.window.tokens for placed in own], renumbered(rows), row_tokens)
-    columns = {name: batch.spread([column(name, placed, order.seed) for placed in own]) for name in order.columns}
-    return MicroBatch(batch=batch, columns=columns, counts=counts, placed=own)
+def steps(order: Order, geometry: Geometry, position: int) -> Iterator[Step]:
+    """Steps from `position` on, without end.
+
+    They are planned two blocks ahead: when a block is begun, all that this rank wants of the next one is known, and its
+    row groups are read meanwhile.
+    """
+    block = min(order.block, MOST_AHEAD)
+    planned, asked = deque[Plan](), deque[Plan]()
+    with closing(Ahead(order.source, order.columns)) as ahead:
+        for plan in plans(order, geometry, position):
+            ahead.want(plan.own)
+            planned.append(plan)
+            while planned and plan.position - planned[0].position >= block:
+                ahead.ask(planned[0].own)
+                asked.append(planned.popleft())
+            while asked and plan.position - asked[0].position >= 2 * block:
+                yield _step(asked.popleft(), ahead, order, geometry)
+
+
+def _step(plan: Plan, ahead: Ahead, order: Order, geometry: Geometry) -> Step:
+    micros = [_micro_batch(share, ahead, order, geometry.row_tokens) for share in plan.shares]
+    return Step(micros=micros, position=plan.position, tokens=plan.tokens, padding=plan.padding)
+
+
+def _micro_batch(share: Share, ahead: Ahead, order: Order, row_tokens: int) -> MicroBatch:
+    placed = ahead.take(share.own)
+    edges = np.cumsum([0, *share.sizes]).tolist()
+    rows = [range(start, end) for start, end in pairwise(edges)]
+    batch = collate([item.window.tokens for item in placed], rows, row_tokens)
+    columns = {name: batch.spread([column(name, item, order.seed) for item in placed]) for name in order.columns}
+    return MicroBatch(batch=batch, columns=columns, counts=share.counts.tolist(), placed=placed)
 
 
 def column(name: str, placed: Placed, seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ SPARE = 2  # problems drawn for each that is wanted: some have other results, or
 
 
 def ranked_problems(drawn: Iterable[tuple[int, str, str, str]], count: int, seed: str) -> list[dict[str, Any]]:
-    """At most `count` rows {template, prompt, choices, right} of drawn (template, prompt, worked answer, result)."""
+    """At most `count` rows {id, template, prompt, choices, right} of drawn (template, prompt, worked answer, result)."""
     pool = [item for item in islice(drawn, SPARE * count) if WHOLE.fullmatch(item[3])]
     results = [item[3] for item in pool]
     rows: list[dict[str, Any]] = []
@@ -21,7 +21,8 @@ def ranked_problems(drawn: Iterable[tuple[int, str, str, str]], count: int, seed
         if wrong and len(rows) < count:
             choices = rng.sample([result, *wrong], 1 + len(wrong))
             texts = [f" #### {number}" for number in choices]
-            rows.append({"template": template, "prompt": prompt, "choices": texts, "right": choices.index(result)})
+            row = {"template": template, "prompt": prompt, "choices": texts, "right": choices.index(result)}
+            rows.append({"id": f"choice-{len(rows):04}", **row})
     return rows
 
 

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from pipeline.demo.choices import ranked_problems
 from pipeline.demo.overlap import HeldOut
 from schemas.config import Demo
 from schemas.errors import UserError
@@ -36,11 +37,11 @@ SOURCES = (*PACKAGES, "champ-dataset", "reasoning-gym")
 COLUMNS = ("url", "text", "date", "metadata")
 SHARDS = 2
 ZSTD_LEVEL = 9
-TARGET_GSM, TARGET_CHAMP, EXACT_MATCH = 120, 40, 40
+TARGET_GSM, TARGET_CHAMP, EXACT_MATCH, RANKED = 120, 40, 40, 400
 VALIDATION_GSM, VALIDATION_CHAMP = 60, 20
 TEST_SHARE, VALIDATION_SHARE = 0.25, 0.15  # of templates and of CHAMP problems
 GSM_SUFFIX = " Give the result as your final answer. Do not include units."
-RECIPE = 6  # raise when other text is made, so that old folders are rebuilt
+RECIPE = 7  # raise when other text is made, so that old folders are rebuilt
 PAGE_BYTES = (800, 2_000, 5_000, 12_000)
 
 Row = dict[str, Any]
@@ -242,7 +243,7 @@ def curated(sources: Sources, chosen: Iterable[str], held: HeldOut, rng: random.
 
 
 def heldout(sources: Sources, scale: float) -> dict[str, list[Row]]:
-    """Test and validation items of the target domain (loss on `text` given `prompt`) and exact-match problems."""
+    """Test and validation items of the target domain (loss on `text` given `prompt`), and problems of the test's templates."""
     drawn = sources.gsm(3, sources.templates.test)
     target = items(drawn, sources, sources.problems.test, TARGET_GSM * scale, TARGET_CHAMP * scale)
     problems = [
@@ -251,7 +252,13 @@ def heldout(sources: Sources, scale: float) -> dict[str, list[Row]]:
     ]
     drawn = sources.gsm(4, sources.templates.validation)
     validation = items(drawn, sources, sources.problems.validation, VALIDATION_GSM * scale, VALIDATION_CHAMP * scale)
-    return {"heldout/target.jsonl": target, "heldout/validation.jsonl": validation, "heldout/problems.jsonl": problems}
+    drawn = sources.gsm(5, sources.templates.test)
+    return {
+        "heldout/target.jsonl": target,
+        "heldout/validation.jsonl": validation,
+        "heldout/problems.jsonl": problems,
+        "heldout/choices.jsonl": ranked_problems(drawn, max(10, round(RANKED * scale)), f"{sources.seed} choices"),
+    }
 
 
 def items(drawn: Iterator[Any], sources: Sources, champ: set[str], gsm_count: float, champ_count: float) -> list[Row]:

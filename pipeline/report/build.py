@@ -1,80 +1,75 @@
-"""The report of an experiment: what selection bought, in tokens and in compute, and which tokens it chose."""
+"""The report of an experiment: does selecting tokens pay, when, what is selected, what does it cost."""
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, pvariance
+from statistics import fmean, pvariance
 from typing import Any
 
-from pipeline.report.chart import Point, Series, chart, coloured_text, frame_of, short, standalone
-from pipeline.report.page import Section, Token, definitions, document, key, page, table
+from pipeline.evaluate import FIGURES
+from pipeline.report.arms import (
+    ARMS,
+    SCORE_COST,
+    SHORT,
+    TRAIN_COST,
+    Arm,
+    Cost,
+    arms_caption,
+    arms_table,
+    compute_caption,
+    compute_curve,
+    headline,
+    left_out,
+    read_arms,
+    read_cost,
+    smooth,
+)
+from pipeline.report.chart import Series, chart, drawn, frame_of, short
+from pipeline.report.moves import Moves, dynamics_sections, read_moves, selection_sections
+from pipeline.report.page import Question, Section, Token, definitions, document, key, page, table
+from pipeline.report.picture import coloured_text, standalone
 from pipeline.report.text import judge_documents
+from pipeline.report.tuned import Results, mean_curves, read_results, tuned_headline, tuned_sections
 from schemas.config import Config
 from schemas.errors import UserError
-from schemas.receipt import Layout, read_dataset, read_receipts
+from schemas.receipt import Layout, read_dataset
 from schemas.seal import digest
 from schemas.store import write_atomic
-from trainer.metrics import read_metrics
 
-ARMS = {"clm": "CLM, every token", "random": "random tokens", "slm": "SLM, by excess loss"}
-SHORT = {"clm": "CLM", "random": "random", "slm": "SLM"}
-TRAIN_COST = 3  # forwards: one forward, and a backward that costs two
-SCORE_COST = 1
-BINS = 80
+Y = "held-out target loss (nats/token)"
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One training run as its metrics tell it; `curve` is (tokens seen, held-out target loss in nats)."""
-
-    curve: list[Point]
-    train: list[dict[str, Any]]
-    finished: bool
-
-    @property
-    def final(self) -> float:
-        """Last held-out target loss, nats; NaN if none was measured."""
-        return self.curve[-1][1] if self.curve else math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Tokens processed before the live model's training begins; None: the reference was trained elsewhere."""
-
-    reference: int | None
-    scored: int
-
-    @property
-    def forwards(self) -> int:
-        """Forward-token equivalents."""
-        return TRAIN_COST * (self.reference or 0) + SCORE_COST * self.scored
-
-
-def build_report(config: Config) -> Path:
+def build_report(config: Config, results_folder: Path | None = None) -> Path:
     """Write `report.html`, `curve.svg` and `tokens.svg` into `train.output`; returns the page's path.
 
-    Raises UserError if no arm has been trained yet.
+    `results_folder`: an experiment's, by default `experiments/<name>` beside the config's root. Raises UserError if there
+    is neither a trained arm nor such an experiment.
     """
     arms = read_arms(config.train.output)
-    if not arms:
+    results = read_results(results_folder or config.root.parent / "experiments" / config.name)
+    if results_folder and results is None:
+        raise UserError(f"{results_folder}: has no results", "`tokensift experiment` writes summary.json there")
+    if not arms and results is None:
         raise UserError(
             f"train.output: {config.train.output} has no metrics of {', '.join(ARMS)}", "run `tokensift train` first"
         )
     cost = read_cost(config)
     windows = judge_documents(config) if "slm" in arms and arms["slm"].finished else []
-    sections = [
-        Section("Arms", arms_caption(arms) + left_out(config.train.output), arms_table(arms)),
-        *curve_sections(arms, cost),
-        Section("Kept and dropped tokens", "Loss in training, nats/token, averaged over neighbouring steps: what the"
-                " selection trains on and what it leaves.", selection_chart(arms) or "<p>No selective arm.</p>"),
-        documents_section(windows, config.train.keep),
-        Section("Made from", "", definitions(origin(config, cost))),
-    ]  # fmt: skip
+    moves = [found for name in ARMS if (found := read_moves(config.train.output / name))]
+    questions = [
+        Question("Does it pay?", [*(tuned_sections(results) if results else []), *arm_sections(config, arms)]),
+        Question("When?", [*band_sections(results), *curve_sections(arms)]),
+        Question("What does it cost?", cost_sections(arms, cost)),
+        Question("What is selected?", selected_sections(config, arms, moves, windows)),
+        Question("Which tokens are learnt?", [section for found in moves for section in dynamics_sections(found)]),
+        Question("What it was made from", [Section("This page", "", definitions(origin(config, cost)))]),
+    ]
     path = config.train.output / "report.html"
-    write_atomic(path, page(f"Tokensift: {config.name}", headline(arms), sections).encode())
-    if any(arm.curve for arm in arms.values()):
-        write_picture(config.train.output / "curve.svg", token_chart(arms))
+    first = tuned_headline(results) if results else untuned(headline(arms))
+    write_atomic(path, page(f"Tokensift: {config.name}", first, questions).encode())
+    if curve := token_drawing(arms, results):
+        write_picture(config.train.output / "curve.svg", curve)
     if windows:
         write_picture(config.train.output / "tokens.svg", text_picture(windows))
     return path
@@ -85,164 +80,111 @@ def write_picture(path: Path, svg: str) -> None:
     write_atomic(path, standalone(svg).encode())
 
 
-def speed_up(curve: Sequence[Point], target: float) -> float | None:
-    """Tokens at which a curve of (tokens, loss) first comes down to `target`, linear between its points.
-
-    None if it never does. The speed-up is one curve's value divided by another's.
-    """
-    before: Point | None = None
-    for tokens, loss in curve:
-        if loss <= target:
-            if before is None:
-                return float(tokens)
-            share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (tokens - before[0])
-        if not math.isnan(loss):
-            before = (tokens, loss)
-    return None
+def untuned(text: str) -> str:
+    """A comparison of single runs, said to be no more."""
+    return f"Not a tuned comparison, but one run an arm, all at the config's learning rate: {text}"
 
 
-def read_arms(output: Path) -> dict[str, Arm]:
-    """The arms that have metrics, in the order of the report."""
-    arms = {}
-    for name in ARMS:
-        rows = read_metrics(output / name / "metrics.jsonl")
-        evals = [row for row in rows if row["kind"] == "eval" and "target_loss" in row]
-        curve = [(float(row["tokens_seen"]), float(row["target_loss"])) for row in evals]
-        if rows:
-            finished = (output / name / "final" / "config.json").exists()
-            arms[name] = Arm(curve, [row for row in rows if row["kind"] == "train"], finished)
-    return arms
+def arm_sections(config: Config, arms: dict[str, Arm]) -> list[Section]:
+    """The runs of this config: losses, speed-ups, and what the models can do with problems."""
+    if not arms:
+        return []
+    title = "This config's own runs, one an arm"
+    sections = [Section(title, arms_caption(arms) + left_out(config.train.output), arms_table(arms))]
+    path = config.train.output / FIGURES
+    return sections + ([accuracy_section(path)] if path.exists() else [])
 
 
-def read_cost(config: Config) -> Cost:
-    """What the reference and the scores cost, from the reference's metrics and the receipts."""
-    rows = read_metrics(config.reference.train.output / "metrics.jsonl") if config.reference else []
-    reference = max((row["tokens_seen"] for row in rows if row["kind"] == "train"), default=None)
-    every = [read_receipts(Layout(place)).values() for part in config.parts for place in part.scores]
-    return Cost(reference, sum(receipt.tokens for receipts in every for receipt in receipts))
+def accuracy_section(path: Path) -> Section:
+    """Held-out figures of every model, as `tokensift eval` left them."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    cells = []
+    for row in rows:
+        place = Path(row["model"])
+        name = place.parent.name if place.name == "final" else row["model"]
+        loss = f"{row['target_loss']:.3f}" if "target_loss" in row else "-"
+        match = f"{row['exact_match']:.1%} of {row['problems']}" if "exact_match" in row else "-"
+        shares = [
+            f"{row[kind]:.1%} ± {row[f'{kind}_stderr']:.1%}" if kind in row else "-" for kind in ("acc", "acc_norm")
+        ]
+        cells.append((name if name in ARMS else "", (name, loss, match, *shares)))
+    caption = "Exact match: a greedy answer that ends in the right number."
+    ranked = next((row for row in rows if "acc" in row), None)
+    if ranked:
+        caption += (
+            f" Ranked: the right answer to each of {ranked['ranked']} problems is likelier than all its distractors, by summed"
+            f" log-likelihood (acc) or its mean of a token (acc_norm), ± one standard error; guessing gives"
+            f" {ranked['chance']:.0%}."
+        )
+    return Section("Problems", caption, table(("model", "target loss", "exact match", "acc", "acc_norm"), cells))
 
 
-def compute_curve(name: str, arm: Arm, cost: Cost) -> list[Point]:
-    """The arm's curve against forward-token equivalents; only SLM pays for the reference and the scores."""
-    offset = cost.forwards if name == "slm" else 0
-    return [(offset + TRAIN_COST * tokens, loss) for tokens, loss in arm.curve]
+def band_sections(results: Results | None) -> list[Section]:
+    """Mean curves of an experiment's replicates."""
+    lines = mean_curves(results) if results else []
+    caption = "Mean over replicates, each arm at its own best rate; the band is one standard deviation."
+    return [Section("Test loss by tokens seen", caption, chart(lines, "tokens seen", Y))] if lines else []
 
 
-def ratio(arms: dict[str, Arm], name: str) -> float | None:
-    """Tokens that CLM needs to its own final loss over those that the arm needs to it."""
-    if not {"clm", name} <= arms.keys():
-        return None
-    clm, other = (speed_up(arms[key].curve, arms["clm"].final) for key in ("clm", name))
-    return clm / other if clm and other else None
-
-
-def headline(arms: dict[str, Arm]) -> str:
-    """What the experiment found, in a sentence or two."""
-    if "clm" not in arms or not arms["clm"].curve:
-        return "No CLM arm with a held-out target loss, so nothing to compare selection with."
-    if not speed_up(arms["clm"].curve, arms["clm"].final):
-        return "CLM did not end below the base model's held-out target loss, so no speed-up can be stated."
-    unfinished = [SHORT[name] for name, arm in arms.items() if not arm.finished]
-    sentences = [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
-    goal = f"CLM's final held-out target loss ({arms['clm'].final:.3f} nats)"
-    for name, who in (("slm", "SLM"), ("random", "Random selection")):
-        if name in arms:
-            sentences.append(_reached(who, goal, arms, name))
-            goal = "it"
-    return " ".join(sentences) or f"CLM ended at {arms['clm'].final:.3f} nats/token; no other arm was trained yet."
-
-
-def _reached(who: str, goal: str, arms: dict[str, Arm], name: str) -> str:
-    tokens, faster = speed_up(arms[name].curve, arms["clm"].final), ratio(arms, name)
-    if tokens is None or faster is None:
-        return f"{who} did not reach {goal} and ended at {arms[name].final:.3f}."
-    return f"{who} reached {goal} after {short(tokens)} tokens, {times(faster)}."
-
-
-def times(factor: float, more: str = "more", fewer: str = "fewer") -> str:
-    """A ratio above one as `2.0× fewer`, one below as `2.0× more`."""
-    return f"{factor:.2f}× {fewer}" if factor >= 1 else f"{1 / factor:.2f}× {more}"
-
-
-def arms_caption(arms: dict[str, Arm]) -> str:
-    """How to read the table."""
-    seen = {arm.train[-1]["tokens_seen"] for arm in arms.values() if arm.train}
-    equal = seen and min(seen) > 0.98 * max(seen)
-    begin = "All arms saw about as many tokens" if equal else "The arms saw unequal numbers of tokens"
-    return (
-        f"{begin}; final losses compare them with the learning rate fully decayed. The speed-up is in tokens to"
-        " CLM's final loss: an arm that gets there early does so before its learning rate has decayed."
-    )
-
-
-def left_out(output: Path) -> str:
-    """Which runs the page does not show: those of another name than an arm's."""
-    others = sorted(path.parent.name for path in output.glob("*/metrics.jsonl") if path.parent.name not in ARMS)
-    return f" Not shown: {', '.join(others)}." if others else ""
-
-
-def arms_table(arms: dict[str, Arm]) -> str:
-    """One row an arm."""
-    counts = ("tokens seen", "tokens selected", "tokens to CLM's final")
-    head = ("arm", "final target loss", *counts, "speed-up", "tokens/s")
-    rows = []
-    for name, arm in arms.items():
-        last = arm.train[-1] if arm.train else {"tokens_seen": 0, "tokens_selected": 0}
-        needed = speed_up(arm.curve, arms["clm"].final) if "clm" in arms else None
-        faster = ratio(arms, name)
-        rate = median(row["tokens_per_second"] for row in arm.train) if arm.train else math.nan
-        label = ARMS[name] + ("" if arm.finished else " (not finished)")
-        sums = (short(last["tokens_seen"]), short(last["tokens_selected"]), short(needed) if needed else "not reached")
-        cells = (label, f"{arm.final:.3f}", *sums, f"{faster:.2f}×" if faster else "-", f"{rate:,.0f}")
-        rows.append((name, cells))
-    return table(head, rows)
-
-
-def curve_sections(arms: dict[str, Arm], cost: Cost) -> list[Section]:
-    """The two charts of the held-out target loss."""
+def curve_sections(arms: dict[str, Arm]) -> list[Section]:
+    """The chart of the held-out target loss."""
+    if not arms:
+        return []
     if not any(arm.curve for arm in arms.values()):
         return [Section("Held-out target loss", "Nothing was measured: give eval.target in the config.", "")]
-    cut = frame_of(_series(arms)).cut
-    caption = "On text that no arm was trained on."
-    caption += " The first, steepest part leaves the plot at the top." if cut else ""
+    caption = "On text that no arm was trained on; this config's own runs."
+    caption += " The first, steepest part leaves the plot at the top." if frame_of(_series(arms)).cut else ""
     return [
-        Section("Held-out target loss by tokens seen", caption, token_chart(arms)),
-        Section("The same by compute", compute_caption(arms, cost), compute_chart(arms, cost)),
+        Section("Held-out target loss by tokens seen", caption, chart(_series(arms), "tokens seen", Y, _level(arms)))
     ]
 
 
-def token_chart(arms: dict[str, Arm]) -> str:
-    """Held-out target loss against tokens seen."""
-    return chart(_series(arms), "tokens seen", "held-out target loss (nats/token)", _level(arms))
+def token_drawing(arms: dict[str, Arm], results: Results | None) -> str:
+    """Held-out target loss against tokens seen, as one SVG: the tuned experiment's if there is one; empty without curves."""
+    if results and (lines := mean_curves(results)):
+        return drawn(lines, "tokens seen", "test loss (nats/token), mean and sd")
+    return drawn(_series(arms), "tokens seen", Y, _level(arms)) if any(arm.curve for arm in arms.values()) else ""
 
 
-def compute_chart(arms: dict[str, Arm], cost: Cost) -> str:
-    """Held-out target loss against forward-token equivalents."""
+def cost_sections(arms: dict[str, Arm], cost: Cost) -> list[Section]:
+    """The same curves by compute, and the parts of the sum."""
+    if not any(arm.curve for arm in arms.values()):
+        return []
     series = [Series(SHORT[name], name, compute_curve(name, arm, cost)) for name, arm in arms.items()]
-    return chart(series, "compute (forward-token equivalents)", "held-out target loss (nats/token)", _level(arms))
+    html = chart(series, "compute (forward-token equivalents)", Y, _level(arms))
+    return [Section("The same by compute", compute_caption(arms, cost), html), *bill_sections(arms, cost)]
 
 
-def compute_caption(arms: dict[str, Arm], cost: Cost) -> str:
-    """What is counted, and whether selection pays when it is."""
-    counted = (
-        f"Unit: one forward over one token. Training costs {TRAIN_COST} a token (a backward is two forwards)."
-        f" SLM's line starts at {short(cost.forwards)}: "
+def bill_sections(arms: dict[str, Arm], cost: Cost) -> list[Section]:
+    """What a run costs by parts, alone and where several share the scores."""
+    if "slm" not in arms or not arms["slm"].train:
+        return []
+    live = TRAIN_COST * arms["slm"].train[-1]["tokens_seen"]
+    reference, scoring = TRAIN_COST * (cost.reference or 0), SCORE_COST * cost.scored
+    rows = [("", ("CLM of that length", "-", "-", short(live), short(live), "1.00×"))]
+    for runs, name in ((1, "SLM, one run"), (3, "SLM, each of three runs"), (10, "SLM, each of ten runs")):
+        total = live + (reference + scoring) / runs
+        parts = (short(reference / runs), short(scoring / runs), short(live), short(total))
+        rows.append(("slm", (name, *parts, f"{total / live:.2f}×")))
+    head = ("run", "reference", "scoring", "training", "in all", "against CLM")
+    caption = (
+        "Forward-token equivalents of a run of the same length. The reference is trained and the corpus scored once."
     )
-    scoring = f"scoring the corpus, {SCORE_COST} × {short(cost.scored)} tokens"
-    if cost.reference is None:
-        counted += f"{scoring}; the reference was not trained here, so its training is not counted."
-    else:
-        counted += f"training the reference, {TRAIN_COST} × {short(cost.reference)} tokens, and {scoring}."
-    if "slm" not in arms or "clm" not in arms:
-        return counted
-    clm = speed_up(compute_curve("clm", arms["clm"], cost), arms["clm"].final)
-    slm = speed_up(compute_curve("slm", arms["slm"], cost), arms["clm"].final)
-    if not clm or not slm:
-        return f"{counted} There is no compute speed-up to state."
-    verdict = f" Counted so, SLM came to CLM's final loss with {times(clm / slm, 'more compute', 'less compute')}"
-    verdict += "." if clm >= slm else ": in this one run selection does not pay for its own reference and scores."
-    return f"{counted}{verdict} Both are paid once, however many runs train on the scores."
+    return [Section("The bill", caption, table(head, rows))]
+
+
+def selected_sections(
+    config: Config, arms: dict[str, Arm], moves: list[Moves], windows: list[tuple[str, list[Token]]]
+) -> list[Section]:
+    """Losses of kept and dropped tokens, selections at different times, and coloured documents."""
+    if not arms:
+        return []
+    lines = selection_chart(arms)
+    caption = "Loss in training, nats/token, averaged over neighbouring steps: what the selection trains on and what it leaves."
+    kept = [Section("Kept and dropped tokens", caption, lines)] if lines else []
+    selecting = [found for found in moves if found.arm == "slm"]
+    times = [section for found in selecting for section in selection_sections(found)]
+    return [*kept, *times, documents_section(windows, config.train.keep)]
 
 
 def selection_chart(arms: dict[str, Arm]) -> str:
@@ -256,14 +198,6 @@ def selection_chart(arms: dict[str, Arm]) -> str:
     return chart(series, "training tokens seen", "training loss (nats/token)") if series else ""
 
 
-def smooth(rows: list[dict[str, Any]], field: str) -> list[Point]:
-    """Means over neighbouring steps, at most `BINS` points; rows without the field are left out."""
-    points = [(float(row["tokens_seen"]), float(row[field])) for row in rows if row.get(field) is not None]
-    size = -(-len(points) // BINS) or 1
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
-
-
 def documents_section(windows: list[tuple[str, list[Token]]], keep: float) -> Section:
     """Windows of the corpus, coloured."""
     title = "What SLM keeps"
@@ -273,7 +207,7 @@ def documents_section(windows: list[tuple[str, list[Token]]], keep: float) -> Se
     caption = (
         f"Windows from the middle of the first documents. Underlined: the top {keep:.0%} of these tokens by"
         " excess loss, the final SLM model's loss minus the stored reference loss; the lowest kept excess is"
-        f" {lowest:+.2f} nats. Point at a token for its figures."
+        f" {lowest:+.2f} nats."
     )
     return Section(title, caption, key() + "".join(document(name, tokens) for name, tokens in windows))
 
@@ -301,6 +235,7 @@ def origin(config: Config, cost: Cost) -> list[tuple[str, str]]:
         ("reference", f"{config.score.model} ({reference})"),
         ("scores", f"{', '.join(map(str, places))}, fingerprint {scores}, {cost.scored:,} tokens"),
         ("selection", f"top {config.train.keep:.0%} by {config.train.scope}, seed {config.train.seed}"),
+        ("learning rate", f"{config.train.learning_rate:g}, all arms of this config"),
     ]
 
 

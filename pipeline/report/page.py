@@ -1,11 +1,13 @@
 """The report's HTML: one page that loads nothing, in the reader's light or dark."""
 
+import base64
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pipeline.report.chart import STYLE, THEME, tint
+from pipeline.report.chart import COLOURS, STYLE, THEME, tint
 
 PAGE_STYLE = """
 *{box-sizing:border-box}
@@ -13,29 +15,57 @@ body{margin:0;background:var(--bg);color:var(--ink);
  font:16px/1.55 system-ui,-apple-system,'Segoe UI',sans-serif}
 main{max-width:880px;margin:0 auto;padding:40px 24px 80px}
 h1{font-size:15px;font-weight:600;color:var(--dim);margin:0 0 10px}
-h2{font-size:19px;margin:48px 0 6px}
-h3{font-size:13px;font-weight:600;color:var(--dim);margin:24px 0 4px;overflow-wrap:anywhere}
-.headline{font-size:25px;line-height:1.35;font-weight:600;margin:0;text-wrap:pretty}
-.caption{color:var(--dim);font-size:14px;margin:4px 0 10px;max-width:74ch}
+h2{font-size:24px;margin:64px 0 4px;padding-top:14px;border-top:1px solid var(--rule)}
+h3{font-size:16px;margin:30px 0 4px;text-wrap:balance}
+h4{font-size:13px;font-weight:600;color:var(--dim);margin:22px 0 4px;overflow-wrap:anywhere}
+.headline{font-size:23px;line-height:1.38;font-weight:600;margin:0 0 10px;text-wrap:pretty}
+.caption{color:var(--dim);font-size:14px;margin:4px 0 10px;max-width:74ch;overflow-wrap:anywhere}
 .wide{overflow-x:auto}
-section{overflow-x:auto}svg.figure{width:100%;min-width:600px;height:auto;display:block}
+svg.figure{width:100%;height:auto;display:block}.phone{display:none}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:15px}
 th,td{text-align:right;padding:7px 0 7px 18px;border-bottom:1px solid var(--rule);vertical-align:bottom}
 th{color:var(--dim);font-weight:500;font-size:13px}
 th:first-child,td:first-child{text-align:left;padding-left:0}
-.clm{color:var(--clm)}.random{color:var(--random)}.slm{color:var(--slm)}
-td.clm,td.random,td.slm{font-weight:600}
+td[class]{font-weight:600}
 .text{font:13px/1.75 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:0;
- padding:12px 14px;border:1px solid var(--rule);border-radius:8px}
+ padding:12px 14px;border:1px solid var(--rule);border-radius:8px 8px 0 0;cursor:default}
+.text:focus-visible{outline:2px solid var(--slm);outline-offset:2px}
 .text span{border-radius:2px}
 .text .kept,.key .kept{border-bottom:2px solid var(--ink)}
-.text span:hover{outline:1px solid var(--ink)}
+.text .at{outline:2px solid var(--ink)}
+output{display:block;position:sticky;bottom:0;min-height:34px;padding:6px 14px;border:1px solid var(--rule);border-top:0;
+ border-radius:0 0 8px 8px;background:var(--bg);color:var(--dim);font-size:13px;font-variant-numeric:tabular-nums}
 .key span{padding:1px 6px;border-radius:2px}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;font-size:14px}
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
+@media(max-width:640px){main{padding:24px 14px 60px}.headline{font-size:19px}h2{font-size:21px}
+ .wide-page{display:none}.phone{display:block}.text{font-size:12px;padding:10px}
+ table{font-size:13px}th,td{padding-left:12px}dl{grid-template-columns:1fr}dd{margin-bottom:6px}}
+""" + "".join(f"td.{name}{{color:var(--{name})}}" for name in COLOURS)
+# Figures of the token under the pointer, or the one that arrow keys lead to, below its text. Without it they are tooltips.
+SCRIPT = """
+for (const text of document.querySelectorAll(".text")) {
+  const words = [...text.children], note = text.nextElementSibling;
+  let at = -1;
+  const show = (place) => {
+    if (!words[place]) return;
+    words[at]?.classList.remove("at");
+    at = place;
+    words[at].classList.add("at");
+    note.textContent = words[at].title;
+  };
+  for (const kind of ["pointerover", "click"]) text.addEventListener(kind, (event) => show(words.indexOf(event.target)));
+  text.addEventListener("keydown", (event) => {
+    const to = {ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + 10, ArrowUp: at - 10, Home: 0, End: words.length - 1}[event.key];
+    if (to === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    show(Math.min(Math.max(to, 0), words.length - 1));
+  });
+}
 """
-# The page keeps itself from loading anything, whatever a document's text holds.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# The page keeps itself from loading anything and from running anything but its own script, whatever a document's text holds.
+SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{SCRIPT_HASH}'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +92,34 @@ class Section:
     html: str
 
 
-def page(title: str, headline: str, sections: Sequence[Section]) -> str:
-    """The whole page; `title`, `headline` and captions are plain text."""
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a part of the page answers, and the sections that do."""
+
+    title: str
+    sections: Sequence[Section]
+
+
+def page(title: str, headline: str, questions: Sequence[Question]) -> str:
+    """The whole page; `title`, `headline` and captions are plain text. A question without sections is left out."""
     body = "".join(
-        f"<section><h2>{escape(section.title)}</h2>"
-        + (f'<p class="caption">{escape(section.caption)}</p>' if section.caption else "")
-        + f"{section.html}</section>"
-        for section in sections
+        f"<h2>{escape(question.title)}</h2>{''.join(map(_section, question.sections))}"
+        for question in questions
+        if question.sections
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{THEME}{STYLE}{PAGE_STYLE}</style></head>"
-        f'<body><main><h1>{escape(title)}</h1><p class="headline">{escape(headline)}</p>{body}</main></body></html>\n'
+        f'<body><main><h1>{escape(title)}</h1><p class="headline">{escape(headline)}</p>{body}</main>'
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def _section(section: Section) -> str:
+    caption = f'<p class="caption">{escape(section.caption)}</p>' if section.caption else ""
+    return f"<section><h3>{escape(section.title)}</h3>{caption}{section.html}</section>"
 
 
 def table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -100,8 +143,27 @@ def definitions(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def document(name: str, tokens: Sequence[Token]) -> str:
-    """A window's text: tinted by excess loss, kept tokens underlined, figures in each token's tooltip."""
-    return f'<h3>{escape(name)}</h3><p class="text">{"".join(map(_span, tokens))}</p>'
+    """A window's text: tinted by excess loss, kept tokens underlined."""
+    return text_block(name, [(token.text, _note(token), tint(token.excess), token.kept) for token in tokens])
+
+
+def text_block(name: str, words: Sequence[tuple[str, str, str, bool]]) -> str:
+    """Text of (word, its figures, background, whether it is underlined), and a line for the figures of the one pointed at."""
+    spans = "".join(
+        f'<span{" class=kept" if kept else ""} style="background:{background}" title="{escape(_quoted(word, note))}">'
+        f"{escape(word)}</span>"
+        for word, note, background, kept in words
+    )
+    label = escape(f"{name}; arrow keys go from token to token", quote=True)
+    hint = "Point at a token, or press Tab and the arrow keys, for its figures."
+    return (
+        f'<h4>{escape(name)}</h4><p class="text" tabindex="0" role="group" aria-label="{label}">{spans}</p>'
+        f'<output aria-live="polite">{hint}</output>'
+    )
+
+
+def _quoted(word: str, note: str) -> str:
+    return f"“{word.replace(chr(10), '')}”: {note}"
 
 
 def key() -> str:
@@ -110,13 +172,8 @@ def key() -> str:
     return f'<p class="caption key">excess loss in nats: {shades} · <span class="kept">kept</span> · not kept</p>'
 
 
-def _span(token: Token) -> str:
+def _note(token: Token) -> str:
     if math.isnan(token.excess):
-        note = "first token: nothing predicts it"
-    else:
-        note = f"live {token.live:.2f}, reference {token.reference:.2f}, excess {token.excess:+.2f} nats"
-        note += ", kept" if token.kept else ", not kept"
-    word = token.text.replace("\n", "↵")
-    mark = ' class="kept"' if token.kept else ""
-    style = "" if math.isnan(token.excess) else f' style="background:{tint(token.excess)}"'
-    return f'<span{mark}{style} title="{escape(f"“{word}”: {note}")}">{escape(token.text)}</span>'
+        return "first token: nothing predicts it"
+    note = f"live {token.live:.2f}, reference {token.reference:.2f}, excess {token.excess:+.2f} nats"
+    return note + (", kept" if token.kept else ", not kept")

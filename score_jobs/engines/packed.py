@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch.compiler import set_stance
 
+from schemas import product
 from schemas.batch import Place, collate, gather, renumbered
 from schemas.errors import UserError, first_line
-from schemas.forward import decoder_layers
+from schemas.forward import ENGINE, decoder_layers
 from schemas.loss import Losses, batch_losses
 from schemas.matmul import matmul_peak
 from schemas.models import open_model
@@ -19,23 +21,26 @@ from score_jobs.engines import Scored
 if TYPE_CHECKING:
     from schemas.config import Score
 
+# A batch at least so full is padded to a whole one and runs compiled; one that is not costs less as it is, uncompiled.
+WORTH_COMPILED = 0.8
+
 
 class PackedEngine:
     """Computes reference losses of windows on one device."""
 
     def __init__(self, model: Path, window: int, score: "Score", device: str):
         """Load the model. A batch holds `score.batch_tokens` tokens at most, and at least one window."""
-        self.model = open_model(model, "score.model", window, dtype=getattr(torch, score.dtype), device=device)
+        self.dtype: torch.dtype = getattr(torch, score.dtype)
+        self.model = open_model(model, "score.model", window, dtype=self.dtype, device=device, scoring=True)
         self.device, self.window, self.entropy = device, window, score.entropy
         self.batch_tokens = max(window, score.batch_tokens)
         # Compiled for one shape: what the first batch happened to be may not decide how the others are computed.
         self.compiled = score.compile and self.model.isolation == "varlen"
-        self.row_tokens = self.batch_tokens if self.compiled else None
         if self.compiled:
             for layer in decoder_layers(self.model.module):
                 layer.compile(dynamic=False)
         self.parameters = sum(parameter.numel() for parameter in self.model.module.parameters())
-        self.peak = matmul_peak(getattr(torch, score.dtype), device)
+        self.peak = matmul_peak(self.dtype, device)
 
     @torch.inference_mode()
     def score(self, windows: Sequence[np.ndarray]) -> list[Scored]:
@@ -55,17 +60,25 @@ class PackedEngine:
 
     def _run(self, windows: list[np.ndarray], rows: list[list[int]]) -> tuple[list[Place], Losses]:
         """Losses of windows that stand in these rows, in the rows' order; they may still be on their way."""
-        batch = collate(windows, renumbered(rows), self.row_tokens)
+        whole = self.compiled and sum(map(len, windows)) >= WORTH_COMPILED * self.batch_tokens
+        batch = collate(windows, renumbered(rows), self.batch_tokens if whole else None)
         try:
-            return batch.places, batch_losses(self.model, batch.to(self.device), self.entropy)
+            with set_stance("default" if whole else "force_eager"):
+                return batch.places, batch_losses(self.model, batch.to(self.device), self.entropy)
         except TorchDynamoException as error:
             raise UserError(f"score.compile: {first_line(error)}", "set it to false, or install a compiler") from error
 
     def describe(self) -> dict[str, Any]:
         """What a receipt says of the engine."""
-        how = {"linear_head": self.model.linear, "isolation": self.model.isolation, "compiled": self.compiled}
+        how: dict[str, Any] = {
+            "linear_head": self.model.linear,
+            "isolation": self.model.isolation,
+            "compiled": self.compiled,
+        }
+        if product.by_onednn(self.dtype, self.device):
+            how["product"] = product.NAME
         speed = {"parameters": self.parameters, "matmul_peak": round(self.peak)}
-        return {"name": "hf-varlen", **how, **speed}
+        return {"name": ENGINE, **how, **speed}
 
 
 def _scored(losses: Losses, places: list[Place]) -> list[Scored]:

@@ -16,8 +16,9 @@ from pipeline.trend import CATEGORIES
 from schemas.config import Config
 from schemas.errors import UserError
 from trainer.checkpoint import read_sealed
-from trainer.data import ScoreShards, ordered
+from trainer.data import ScoreShards
 from trainer.export import export
+from trainer.stream import Order
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_losses_are_a_plain_forwards_under_each_checkpoint_and_tokens_are_those_
     assert "did not train on" in figures["sample"]
     source, position = ScoreShards(run.score.output), points[-1]["position"]
     groups = run.train.shuffle_groups
-    order = [next(ordered(source, run.train.seed, groups, place)).window for place in range(position + 2)]
+    order = [next(Order(source, run.train.seed, groups).windows(place))[1].window for place in range(position + 2)]
     trained = {(window.doc_id, window.index, window.row) for window in order[:position]}
     first = next(window for window in order[position:] if len(window.tokens) > 1)
     assert (first.doc_id, first.index, first.row) not in trained

@@ -1,11 +1,11 @@
-"""Stage 2 takes only scores of the base's own tokenizer and of the config's own context (law 14)."""
+"""Stage 2 as the user meets it: it says how far it is, and takes only scores of the base's own tokenizer and of the config's own context (law 14)."""
 
 import json
 import shutil
 
 import pytest
 
-from pipeline.train import train_live
+from pipeline.train import blocks, described, train_live
 from schemas.errors import UserError
 from schemas.models import open_tokenizer
 
@@ -39,3 +39,20 @@ def test_scores_of_another_tokenizer_are_refused_by_field(scores, tmp_path, fiel
     with pytest.raises(UserError, match=rf"tokenizer\.{field}: .* stored, .* now"):
         train_live(changed(scores, base=str(base), train=train))
     assert not (tmp_path / "train").exists()
+
+
+def test_the_live_view_says_what_is_learnt_what_is_selected_and_how_fast():
+    row = {"step": 1200, "tokens_seen": 5_000_000, "tokens_per_second": 66_000.4, "mfu": 0.412, "loss_kept": 2.5}
+    row |= {"loss_dropped": 1.25, "threshold": 0.125, "score_over": [0.9, 0.8, 0.7, 0.4, 0.2, 0.1, 0.0]}
+    row |= {"grad_norm": 0.75, "data_wait": 0.014}
+    assert described(row) == (
+        "step 1,200 · 5,000,000 tokens · 66,000 tokens/s (41% MFU)",
+        "loss kept 2.500 · dropped 1.250 · threshold 0.125 · scores ▃▃▃█▆▃▃▁ · gradient 0.75 · waiting for data 1%",
+    )
+    unranked = row | {"loss_dropped": None, "threshold": None, "score_over": None}
+    assert described(unranked)[1] == "loss kept 2.500 · gradient 0.75 · waiting for data 1%"
+
+
+def test_a_histogram_has_a_block_for_each_bin_the_highest_a_full_one():
+    assert blocks([1.0, 1.0, 0.0]) == "▁▁█▁"
+    assert blocks([0.5, 0.25]) == "█▅▅"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo import eval_frame
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,6 +16,8 @@ from schemas import attention
 from schemas.batch import collate
 from schemas.config import Score
 from schemas.forward import Opened, forward
+from schemas.loss import Losses
+from score_jobs.engines import packed
 from score_jobs.engines.packed import PackedEngine
 
 VOCABULARY = 64
@@ -54,6 +57,23 @@ def test_gradients_are_those_of_the_plain_forward_of_each_window_alone(fields: d
     cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum").backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sliding_window", [None, 1, 50, 200])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_attention_in_blocks_is_that_of_float64_window_by_window(
+    dtype: torch.dtype, sliding_window: int | None, heads: int
+) -> None:
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 300, 301, 301 + attention.BLOCK_TOKENS, 700], dtype=torch.int32)
+    query, key, value = (torch.randn(700, count, size).to(dtype) for count, size in ((6, 16), (heads, 16), (heads, 24)))
+    found = attention._in_blocks(query, key, value, bounds, 0.7, sliding_window)
+    exact = (tensor.double() for tensor in (query, key, value))
+    expected = attention._window_by_window(*exact, bounds, 0.0, 0.7, sliding_window)
+    assert found.dtype == dtype
+    most = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found.double(), expected, atol=most, rtol=most)
 
 
 def test_a_windows_logits_do_not_change_by_a_bit_when_its_neighbours_do() -> None:
@@ -147,7 +167,7 @@ def test_the_installed_torch_declares_what_is_asked_of_its_kernel() -> None:
 @pytest.mark.slow
 def test_a_compiled_engine_gives_the_same_losses_and_the_same_bytes_whatever_came_first(tiny_model: Path) -> None:
     torch._dynamo.reset()
-    own = [ids % 60 for ids in windows()]
+    own = [ids % 60 for ids in (*windows(), np.arange(7))]  # 31 tokens in one row, 9 in another
     settings = {"model": "", "output": "", "dtype": "float32", "batch_tokens": 32}
     plain = PackedEngine(tiny_model, 16, Score.model_validate(settings), "cpu").score(own)
     compiled = [
@@ -159,3 +179,22 @@ def test_a_compiled_engine_gives_the_same_losses_and_the_same_bytes_whatever_cam
     for one, two, other in zip(plain, first, second, strict=True):
         np.testing.assert_allclose(one.loss, two.loss, atol=1e-4, rtol=0)
         assert np.array_equal(two.loss, other.loss, equal_nan=True)
+    uncompiled = [np.array_equal(one.loss, two.loss, equal_nan=True) for one, two in zip(plain, first, strict=True)]
+    assert uncompiled == [len(ids) in (1, 3, 6) for ids in own]  # of one token there is no loss
+
+
+def test_a_compiled_engine_pads_only_a_batch_that_is_nearly_whole(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"model": "", "output": "", "dtype": "float32", "batch_tokens": 100, "compile": True}
+    engine = PackedEngine(tiny_model, 50, Score.model_validate(settings), "cpu")
+    seen: list[tuple[int, str]] = []
+
+    def watched(_model: Any, batch: Any, _entropy: bool) -> Losses:
+        seen.append((batch.ids.shape[1], eval_frame._stance.stance))
+        return Losses(torch.zeros(batch.ids.shape))
+
+    monkeypatch.setattr(packed, "batch_losses", watched)
+    for tokens in (100, 80, 79, 32):
+        engine.score([np.arange(length) for length in (tokens // 2, tokens - tokens // 2)])
+    assert seen == [(100, "default"), (100, "default"), (79, "force_eager"), (32, "force_eager")]

@@ -31,18 +31,21 @@ def test_best_fit_opens_a_row_only_when_no_row_has_room(lengths: list[int]) -> N
     assert len(fills) < 2 or fills[0] + fills[1] > ROW
 
 
-@given(LENGTHS, st.integers(1, 4))
-def test_row_filler_takes_a_contiguous_prefix_and_overfills_no_row(lengths: list[int], count: int) -> None:
-    filler = RowFiller(count, ROW)
-    taken = 0
-    while taken < len(lengths) and filler.add(taken, lengths[taken]):
-        taken += 1
-    assert sorted(index for row in filler.rows for index in row) == list(range(taken))
-    used = [sum(lengths[index] for index in row) for row in filler.rows]
-    assert all(use <= ROW for use in used)
-    if taken < len(lengths):
-        assert all(use + lengths[taken] > ROW for use in used)
-    assert filler.room.tolist() == [ROW - use for use in used]
+@given(LENGTHS, st.integers(1, 4), st.booleans(), st.integers(0, 40))
+def test_row_filler_takes_a_contiguous_prefix_first_row_with_room_first(
+    lengths: list[int], count: int, alone: bool, cut: int
+) -> None:
+    filler, room = RowFiller(count, ROW, alone), [ROW] * count
+    expected: list[int] = []
+    for length in lengths:
+        row = next((row for row in range(count) if room[row] >= length), None)
+        if row is None:
+            break
+        room[row] = 0 if alone else room[row] - length
+        expected.append(row)
+    first = filler.fill(lengths[:cut])
+    placed = first + (filler.fill(lengths, cut) if len(first) == cut else [])
+    assert placed == expected and filler.room == room
 
 
 @given(LENGTHS)
@@ -145,8 +148,7 @@ def test_windows_alone_in_their_rows_never_restart_and_pad_to_the_longest(length
 
 def test_a_row_filler_that_keeps_windows_alone_gives_each_a_row() -> None:
     filler = RowFiller(3, ROW, alone=True)
-    assert [filler.add(index, 2) for index in range(4)] == [True, True, True, False]
-    assert filler.rows == [[0], [1], [2]]
+    assert filler.fill([2, 2, 2, 2]) == [0, 1, 2]
 
 
 def test_best_fit_places_the_longest_first_into_the_fullest_row_that_holds_it() -> None:

@@ -142,13 +142,14 @@ def test_a_datasets_fingerprint_holds_every_setting_that_decides_the_bytes(tiny_
     assert found["context"] == {"window": 9, "bos": False, "eos": True}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "pyarrow")}
     assert found["scorer"] == {
-        "engine": "hf-varlen",
+        "engine": "hf-blocks",
         "dtype": "float32",
         "device": "cpu",
         "batch_tokens": 7,
         "threads": 5,
         "unit_bytes": 11,
         "entropy": True,
+        "product": "onednn",
         "writing": WRITING,
         **versions,
     }

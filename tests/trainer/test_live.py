@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -129,13 +130,16 @@ def one_rank(tmp_path):
 
 def test_a_model_of_one_rank_is_left_as_it_is():
     live = Live(opened())
-    assert parallelize(live, 1) is live and not any(isinstance(module, FSDPModule) for module in live.modules())
+    assert parallelize(live, None) is live and not any(isinstance(module, FSDPModule) for module in live.modules())
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_a_sharded_model_has_a_unit_a_layer_float32_weights_and_the_gradients_of_the_whole_one(one_rank, compute):
+def test_a_sharded_model_has_a_unit_a_layer_float32_weights_and_the_gradients_of_the_whole_one(
+    one_rank, compute, shape
+):
     whole, live = Live(opened(compute=compute)), Live(opened(compute=compute))
-    assert parallelize(live, 2) is live
+    assert parallelize(live, init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")[-len(shape) :])) is live
     units = [name for name, module in live.named_modules() if isinstance(module, FSDPModule)]
     assert units == ["", *(f"model.model.layers.{number}" for number in range(3))]
     batch = batch_of_windows()

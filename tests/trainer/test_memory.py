@@ -36,6 +36,8 @@ def test_parameters_gradients_moments_and_the_copy_are_shared_out_among_ranks(ti
         times * 4 * shape.parameters for times in (1, 1, 2, 3)
     ]
     assert 4 * four.moments == pytest.approx(one.moments, abs=64)
+    _, copies = foretell(tiny_model, config.model_copy(update={"shard_ranks": 2}), 2, 64, 4)
+    assert 2 * copies.moments == pytest.approx(one.moments, abs=64)
     assert (one.gathered, four.gathered) == (0, gathered(shape, 4)) and four.head == one.head == head(shape, 4, 128)
     assert one.device == one.parameters + one.gradients + one.moments + one.activations + one.head
 

@@ -1,6 +1,7 @@
 """Laws 8 and 10 for mixtures and skipped ranges: one integer, any world size, against a merge written out plainly."""
 
 import itertools
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -10,34 +11,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.errors import UserError
-from schemas.shard import Window
-from trainer.data import MemoryWindows, ordered
+from tests.trainer.made import made, spread_out
+from trainer.data import ordered
 from trainer.mixture import Mixture
 from trainer.stream import Geometry, Order, steps
 
 
-class Lengths:
+def lettered(letter, lengths):
     """Windows of these lengths in groups of three, each token the source's own letter."""
-
-    columns = frozenset({"ref_loss"})
-
-    def __init__(self, letter, lengths):
-        self.fingerprint, self.tokens = f"{letter}{lengths}", sum(lengths)
-        self.groups = [lengths[start : start + 3] for start in range(0, len(lengths), 3)]
-        self.group_sizes = np.array([len(group) for group in self.groups])
-        self.letter = letter
-
-    def read(self, group):
-        return [
-            Window(f"{self.letter}{group}-{i}", i, np.full(length, self.letter), np.zeros(length, np.float16))
-            for i, length in enumerate(self.groups[group])
+    found = made(lengths, fingerprint=f"{letter}{lengths}")
+    for number, group in enumerate(found.groups):
+        found.groups[number] = [
+            replace(window, doc_id=f"{letter}{window.doc_id}", tokens=np.full(len(window.tokens), letter))
+            for window in group
         ]
+    found.letter = letter
+    return found
+
+
+def placed_from(mixture, seed, position, count):
+    return list(itertools.islice(spread_out(mixture, mixture.ordered(seed, 2, position)), count))
 
 
 def sources():
     rng = np.random.default_rng(3)
     sizes = {1: (40, 30), 2: (25, 9), 3: (7, 50)}  # windows and their mean length
-    return [Lengths(letter, rng.integers(1, 2 * mean, count).tolist()) for letter, (count, mean) in sizes.items()]
+    return [lettered(letter, rng.integers(1, 2 * mean, count).tolist()) for letter, (count, mean) in sizes.items()]
 
 
 WEIGHTS = [6, 3, 1]
@@ -64,29 +63,29 @@ PARTS = st.lists(
 
 @given(PARTS, st.integers(0, 60))
 def test_how_many_of_each_come_first_is_what_a_merge_by_due_time_says(parts, position):
-    made = [Lengths(number, lengths) for number, (lengths, _) in enumerate(parts)]
+    made = [lettered(number, lengths) for number, (lengths, _) in enumerate(parts)]
     weights = [weight for _, weight in parts]
     mixture, turns = Mixture(made, weights), plainly(made, weights, position)
     drawn = mixture.drawn(position)
     assert sum(drawn) == position
     # Distances are rounded to one part in a million: equals may change places, nothing else.
     assert all(abs(count - turns.count(number)) <= 1 for number, count in enumerate(drawn))
-    placed = list(itertools.islice(mixture.ordered(0, 2, 0), position))
+    placed = placed_from(mixture, 0, 0, position)
     assert [sum(int(p.window.tokens[0]) == n for p in placed) for n in range(len(made))] == drawn
 
 
 def test_tokens_come_in_the_shares_of_the_weights(mixture):
     seen = np.zeros(4)
-    for placed in itertools.islice(mixture.ordered(0, 2, 0), 20_000):
+    for placed in placed_from(mixture, 0, 0, 20_000):
         seen[int(placed.window.tokens[0])] += len(placed.window.tokens)
     np.testing.assert_allclose(seen[1:] / seen.sum(), np.array(WEIGHTS) / 10, rtol=0.002)
 
 
 def test_every_source_keeps_its_own_order_and_epochs(mixture):
-    placed = list(itertools.islice(mixture.ordered(7, 2, 0), 500))
+    placed = placed_from(mixture, 7, 0, 500)
     for number, source in enumerate(mixture.sources):
         own = [item for item in placed if item.window.tokens[0] == source.letter]
-        alone = list(itertools.islice(ordered(source, 7, 2, 0), len(own)))
+        alone = list(itertools.islice(spread_out(source, ordered(source, 7, 2, 0)), len(own)))
         assert [item.window.doc_id for item in own] == [item.window.doc_id for item in alone]
         offset = sum(mixture.windows[:number])
         assert [(item.epoch, item.key) for item in own] == [(item.epoch, item.key + offset) for item in alone]
@@ -94,8 +93,9 @@ def test_every_source_keeps_its_own_order_and_epochs(mixture):
 
 def test_a_mixture_of_one_is_that_one_and_read_numbers_groups_source_after_source(mixture):
     alone = Mixture(mixture.sources[:1], [0.3])
-    one = [p.window.doc_id for p in itertools.islice(alone.ordered(1, 2, 5), 60)]
-    assert one == [p.window.doc_id for p in itertools.islice(ordered(mixture.sources[0], 1, 2, 5), 60)]
+    one = [p.window.doc_id for p in placed_from(alone, 1, 5, 60)]
+    (source,) = alone.sources
+    assert one == [p.window.doc_id for p in itertools.islice(spread_out(source, ordered(source, 1, 2, 5)), 60)]
     found = [window.doc_id for group in range(len(mixture.group_sizes)) for window in mixture.read(group)]
     assert found == [w.doc_id for s in mixture.sources for g in range(len(s.groups)) for w in s.read(g)]
     with pytest.raises(IndexError):
@@ -103,10 +103,10 @@ def test_a_mixture_of_one_is_that_one_and_read_numbers_groups_source_after_sourc
 
 
 def test_any_position_opens_the_same_order(mixture):
-    whole = list(itertools.islice(mixture.ordered(1, 2, 0), 400))
+    whole = placed_from(mixture, 1, 0, 400)
     for position in (0, 1, 2, 39, 77, 300):
         assert sum(mixture.drawn(position)) == position
-        again = itertools.islice(mixture.ordered(1, 2, position), 20)
+        again = placed_from(mixture, 1, position, 20)
         assert [(p.epoch, p.key) for p in again] == [(p.epoch, p.key) for p in whole[position : position + 20]]
 
 
@@ -139,12 +139,15 @@ def test_steps_do_not_depend_on_world_size_and_go_on_from_their_integer(mixture,
 
 def test_what_is_skipped_is_passed_over_and_nothing_else(mixture):
     places = set(range(2100)) - {place for start, end in SKIP for place in range(start, end)}
-    whole = list(itertools.islice(mixture.ordered(0, 2, 0), 2100))
+    whole = placed_from(mixture, 0, 0, 2100)
     for position in (0, 5, 8, 41, 100, 2000, 2050):
-        found = list(itertools.islice(Order(mixture, 0, 2, (), SKIP).windows(position), 60))
+        stretches = Order(mixture, 0, 2, (), SKIP).stretches(position)
+        found = list(itertools.islice(((place + i, s[i : i + 1]) for place, s in stretches for i in range(len(s))), 60))
         wanted = [place for place in sorted(places) if place >= position][:60]
         assert [place for place, _ in found][: len(wanted)] == wanted
-        assert [(p.epoch, p.key) for _, p in found][: len(wanted)] == [(whole[w].epoch, whole[w].key) for w in wanted]
+        assert [(s.epochs[0], s.keys[0]) for _, s in found][: len(wanted)] == [
+            (whole[w].epoch, whole[w].key) for w in wanted
+        ]
 
 
 def test_the_fingerprint_knows_parts_weights_and_their_order():
@@ -160,6 +163,6 @@ def test_the_fingerprint_knows_parts_weights_and_their_order():
 
 
 def test_columns_are_what_all_parts_have_and_an_empty_part_is_refused():
-    assert Mixture([sources()[0], MemoryWindows([np.arange(5)])], [1, 1]).columns == set()
+    assert Mixture([sources()[0], made([5], columns=())], [1, 1]).columns == set()
     with pytest.raises(UserError, match=r"train\.mixture: a dataset holds no windows"):
-        Mixture([sources()[0], MemoryWindows([])], [1, 1])
+        Mixture([sources()[0], made([])], [1, 1])

@@ -68,6 +68,8 @@ FOUR_RANKS = {
     "gemma-tied step": {"objective": "slm", "scope": "step", "micro_rows": 1},
     "llama-tied both": {"objective": "self-ref-both", "scope": "step", "micro_rows": 2},
     "llama-untied entropy": {"objective": "self-ref-entropy", "scope": "step", "micro_rows": 2},
+    "llama-tied copies": {"objective": "slm", "scope": "micro", "micro_rows": 1, "shard_ranks": 2},
+    "gemma-untied replicas": {"objective": "slm", "scope": "step", "micro_rows": 1, "shard_ranks": 1},
 }
 
 

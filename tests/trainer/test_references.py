@@ -86,7 +86,7 @@ def test_a_document_that_one_of_them_put_into_quarantine_is_named_by_its_shard(b
 def test_other_tokens_in_the_place_of_a_window_are_refused_by_name(both):
     joined, real = References(both), both[1].read
     changed = [replace(window, tokens=window.tokens + 1) for window in real(0)]
-    joined.datasets[1].read = lambda group: changed
+    joined.datasets[1].read = lambda *_: changed
     with pytest.raises(UserError, match=r"holds document .*, window 0, where .*or other tokens of it"):
         joined.read(0)
 
@@ -94,7 +94,7 @@ def test_other_tokens_in_the_place_of_a_window_are_refused_by_name(both):
 def test_row_groups_are_matched_by_their_input_wherever_they_stand(both):
     turned = SimpleNamespace(**vars(both[1]))
     turned.groups = both[1].groups[::-1]
-    turned.read = lambda group: both[1].read(len(both[1].groups) - 1 - group)
+    turned.read = lambda group, *rest: both[1].read(len(both[1].groups) - 1 - group, *rest)
     one, other = References(both), References([both[0], turned])
     for group in range(len(one.group_sizes)):
         for left, right in zip(one.read(group), other.read(group), strict=True):

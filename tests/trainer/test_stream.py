@@ -4,6 +4,7 @@ import itertools
 import shutil
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -11,46 +12,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from schemas.batch import IGNORE
 from schemas.errors import UserError
 from schemas.receipt import Layout
 from schemas.shard import Window, encode_shard, open_shard, read_windows, shard_metadata
 from tests.helpers import edit_sealed
-from trainer.data import MemoryWindows, Placed, ScoreShards, ordered
-from trainer.stream import PREFETCHED_STEPS, Geometry, Order, chance, prefetched, steps
+from tests.trainer.made import Made, made, of_all, plainly_ordered, plainly_packed, spread_out, window
+from trainer.ahead import Placed
+from trainer.data import ScoreShards, ordered
+from trainer.stream import PREFETCHED_STEPS, Geometry, Order, chance, plans, prefetched, steps
 
 COLUMNS = ("ref_loss", "chance")
+PARTS = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 DRAWS = [0.35062307119369507, 0.011344730854034424, 0.9373747110366821]  # of seed 2, epoch 1, window 7
 
 
-class Scored:
-    """Windows of 1 to 64 random tokens with random losses, in groups of unequal size."""
-
-    def __init__(self):
-        rng = np.random.default_rng(5)
-        lengths = [[int(rng.integers(1, 65)) for _ in range(size)] for size in (9, 1, 14, 7, 11, 3, 12)]
-        self.groups = [[self.window(rng, length) for length in group] for group in lengths]
-        self.group_sizes = np.array([len(group) for group in self.groups])
-        self.fingerprint = "scored"
-
-    @staticmethod
-    def window(rng, length):
-        losses = rng.normal(size=length).astype(np.float16)
-        losses[0] = np.nan
-        return Window(doc_id="#", index=0, tokens=rng.integers(2, 512, length), ref_loss=losses)
-
-    def read(self, group):
-        return self.groups[group]
+LENGTHS = (9, 1, 14, 7, 11, 3, 12)  # of groups
 
 
 @pytest.fixture
 def source():
-    return Scored()
+    """Windows of 1 to 64 random tokens with random losses, in groups of unequal size."""
+    rng = np.random.default_rng(5)
+    lengths = [[int(rng.integers(1, 65)) for _ in range(size)] for size in LENGTHS]
+    return Made([[window(rng, length) for length in group] for group in lengths])
 
 
 def keys(source, seed, position, count):
-    return [placed.key for placed in itertools.islice(ordered(source, seed, 2, position), count)]
+    return [placed.key for placed in placed_from(source, seed, position, count)]
+
+
+def placed_from(source, seed, position, count):
+    return list(itertools.islice(spread_out(source, ordered(source, seed, 2, position)), count))
 
 
 def take(source, geometry, position=0, count=4, seed=0):
@@ -66,6 +62,67 @@ def test_every_epoch_holds_every_window_once_in_an_order_of_its_own(source):
 
 def test_order_is_a_function_of_the_seed(source):
     assert keys(source, 1, 0, 20) == keys(source, 1, 0, 20) != keys(source, 2, 0, 20)
+
+
+@given(PARTS, st.integers(1, 4), st.integers(0, 100), st.integers(0, 3))
+def test_the_order_is_the_one_of_a_walk_window_by_window(sizes, shuffle_groups, position, seed):
+    source = made([1] * sum(sizes))
+    source.group_sizes = np.array(sizes)
+    stretches = ordered(source, seed, shuffle_groups, position)
+    found = [
+        (placed.epoch, placed.key) for placed in itertools.islice(spread_out(made([1] * sum(sizes)), stretches), 60)
+    ]
+    assert found == list(itertools.islice(plainly_ordered(source, seed, shuffle_groups, position), 60))
+
+
+@given(
+    st.lists(st.integers(1, 24), min_size=1, max_size=40),
+    st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (1, 4)]),
+    st.integers(1, 3),
+    st.integers(0, 90),
+    st.booleans(),
+)
+def test_the_ranks_rows_together_are_the_step_that_was_packed_window_by_window(lengths, cut, micros, position, alone):
+    (world, micro_rows), source, rows = cut, made(lengths), cut[0] * cut[1] * micros
+    ranks = [Geometry(rows, 24, micro_rows, rank, world, alone) for rank in range(world)]
+    order = Order(source, 3, 2, COLUMNS)
+    found = [list(itertools.islice(steps(order, geometry, position), 4)) for geometry in ranks]
+    windows = plainly_ordered(source, 3, 2, position)
+    for number, (step, taken) in enumerate(itertools.islice(plainly_packed(windows, lengths, rows, 24, alone), 4)):
+        own = [rank[number] for rank in found]
+        assert {part.position for part in own} == {position + taken}
+        assert {part.tokens for part in own} == {sum(lengths[key] for row in step for _, key in row)}
+        for index in range(micros):
+            share = step[index * micro_rows * world :][: micro_rows * world]
+            every = [part.micros[index] for part in own]
+            placed = [(placed.epoch, placed.key) for micro in every for placed in micro.placed]
+            assert placed == [place for row in share for place in row]
+            at = [(rank * micro_rows + p.row, p.length) for rank, m in enumerate(every) for p in m.batch.places]
+            assert at == [(number, lengths[key]) for number, row in enumerate(share) for _, key in row]
+            assert all(micro.counts == [length - 1 for _, length in at] for micro in every)
+            for micro in every:
+                for item, tokens in zip(micro.placed, micro.batch.gather(micro.batch.ids), strict=True):
+                    assert item.window is source.groups[item.key // 3][item.key % 3]
+                    assert tokens[1:].tolist() == item.window.tokens[:-1].tolist()
+
+
+def test_a_rank_reads_its_own_windows_alone_and_each_row_group_once_an_epoch(source):
+    total, geometry = int(source.group_sizes.sum()), Geometry(8, 64, 2, 1, 4)
+    order = Order(source, 0, 2)
+    planned = itertools.takewhile(lambda plan: plan.position <= 3 * total, plans(order, geometry, 0))
+    own = sum(len(plan.own) for plan in planned)
+    stream = steps(order, geometry, 0)
+    while next(stream).position < 2 * total:
+        pass
+    assert sum(count for _, count in source.reads) < own < 0.4 * 3 * total
+    assert all(count <= 3 for count in Counter(group for group, _ in source.reads).values())
+    stream.close()
+
+
+def test_a_window_that_is_not_as_long_as_the_index_says_is_refused(source):
+    source.lengths = source.lengths + (np.arange(len(source.lengths)) == 7)
+    with pytest.raises(UserError, match=r"index of lengths says.*delete the file `\.lengths`"):
+        take(source, Geometry(8, 66, 8))
 
 
 def test_any_position_opens_the_same_order(source):
@@ -121,7 +178,7 @@ def test_the_control_draws_by_seed_epoch_and_window_whatever_the_packing(source)
     one, other = (take(source, Geometry(rows, 64, rows), count=1)[0].micros[0] for rows in (4, 8))
     assert torch.equal(one.columns["chance"][0].nan_to_num(), other.columns["chance"][0].nan_to_num())
     total = int(source.group_sizes.sum())
-    placed = list(itertools.islice(ordered(source, 0, 2, 0), 2 * total))
+    placed = placed_from(source, 0, 0, 2 * total)
     first = {item.key: item for item in placed[:total]}
     for second in placed[total:]:
         draws = [chance(0, first[second.key]), chance(0, second), chance(1, second)]
@@ -236,7 +293,7 @@ def test_a_token_that_does_not_match_its_hash_names_the_shard(scores, tmp_path):
     edit_sealed(Layout(folder).receipt(victim.stem), bytes=victim.stat().st_size)
     source = ScoreShards(folder)
     with pytest.raises(UserError, match=victim.name):
-        list(itertools.islice(ordered(source, 0, 2, 0), int(source.group_sizes.sum())))
+        of_all(source)
 
 
 def test_a_shard_of_other_settings_is_refused(scores, tmp_path):
@@ -250,9 +307,3 @@ def test_a_shard_of_other_settings_is_refused(scores, tmp_path):
     edit_sealed(Layout(folder).receipt(victim.stem), bytes=victim.stat().st_size)
     with pytest.raises(UserError, match=r"scorer\.dtype"):
         ScoreShards(folder)
-
-
-def test_windows_in_memory_are_a_source_too():
-    source = MemoryWindows([np.arange(5), np.arange(9), np.arange(3)], group=2)
-    assert [len(source.read(0)), len(source.read(1))] == [2, 1]
-    assert sorted(keys(source, 0, 0, 3)) == [0, 1, 2]

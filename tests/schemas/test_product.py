@@ -1,0 +1,80 @@
+"""Float32 products by oneDNN are those of float64 but for rounding, and only where nothing asks for more."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from schemas import product
+from schemas.config import Score
+from schemas.errors import UserError
+from schemas.models import open_model
+from score_jobs.engines.packed import PackedEngine
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3), (1, 300, 64), (257, 65, 33), (0, 8, 8)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_is_that_of_float64_of_any_shape_also_of_rows_and_weights_that_are_views(
+    shape: tuple[int, int, int], biased: bool
+) -> None:
+    torch.manual_seed(0)
+    rows, columns, depth = shape
+    left, weight = torch.randn(2, depth, rows).transpose(1, 2), torch.randn(depth, 2 * columns)[:, columns:].T
+    bias = torch.randn(columns) if biased else None
+    with torch.no_grad():
+        found = product.product(left, weight, bias)
+    expected = left.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert found.dtype == torch.float32 and found.shape == (2, rows, columns)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_pass_through_a_product_and_other_dtypes_are_pytorchs_own() -> None:
+    rows, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    product.product(rows, weight).sum().backward()
+    torch.testing.assert_close(rows.grad, weight.sum(0).expand(4, 3))
+    with torch.no_grad():
+        for dtype in (torch.float64, torch.bfloat16):
+            assert torch.equal(product.product(rows.to(dtype), weight.to(dtype)), rows.to(dtype) @ weight.to(dtype).T)
+
+
+def test_only_plain_linear_layers_that_nobody_changed_are_given_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(nn.Linear):
+        pass
+
+    changed = nn.Linear(3, 3)
+    changed.forward = lambda input: input  # type: ignore[method-assign]
+    layers = nn.ModuleList([nn.Linear(3, 4, bias=False), nn.Linear(3, 4), Other(3, 4), changed, nn.Bilinear(3, 3, 4)])
+    product.install(layers)
+    seen: list[Any] = []
+    monkeypatch.setattr(product, "product", lambda *given: seen.append(given))
+    rows = torch.randn(2, 3)
+    for layer in layers:
+        layer(*(rows, rows) if isinstance(layer, nn.Bilinear) else (rows,))
+    assert [given[1:] for given in seen] == [(layer.weight, layer.bias) for layer in layers[:2]]
+
+
+def test_law_13_a_product_that_is_not_the_models_own_is_refused_when_the_engine_opens_it(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = product._forward
+    monkeypatch.setattr(product, "_forward", lambda *given: exact(*given) * 1.01)
+    open_model(tiny_model, "base", 32)
+    with pytest.raises(UserError, match=r"score\.model: .* lets a window's losses depend on what else is in the batch"):
+        open_model(tiny_model, "score.model", 32, scoring=True)
+
+
+def test_an_engine_multiplies_by_onednn_in_float32_on_a_cpu_alone_and_its_receipts_say_so(tiny_model: Path) -> None:
+    def engine(dtype: str) -> PackedEngine:
+        return PackedEngine(
+            tiny_model, 16, Score.model_validate({"model": "", "output": "", "dtype": dtype, "batch_tokens": 32}), "cpu"
+        )
+
+    for dtype, expected in (("float32", "onednn"), ("bfloat16", None)):
+        found = engine(dtype)
+        given = [layer for layer in found.model.module.modules() if "forward" in vars(layer)]
+        assert bool(given) == bool(expected) and found.describe().get("product") == expected
+        assert np.isfinite(found.score([np.arange(9)])[0].loss[1:]).all()
+    assert not product.by_onednn(torch.float32, "cuda")

@@ -14,7 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pipeline.experiment.plan import load_experiment
+from pipeline.experiment.run import conduct
 from schemas.config import Config
+from schemas.errors import UserError
 from tests.helpers import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,7 +26,7 @@ SCRIPT = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pipeline.cli impo
 
 @pytest.fixture
 def made(scores: Config, write_config: Any, corpus_tools: SimpleNamespace, tmp_path: Path) -> Path:
-    """An experiment over finished scores: two arms, two rates, two replicates, one other length."""
+    """An experiment over finished scores: two arms, two rates, one replicate, one other length."""
     texts = [
         {"prompt": row["text"][:20], "text": row["text"][20:60]} for row in corpus_tools.make_documents(12, seed=7)
     ]
@@ -39,7 +42,7 @@ def made(scores: Config, write_config: Any, corpus_tools: SimpleNamespace, tmp_p
             "eval.target": str(tmp_path / "target.jsonl"),
             "eval.validation": str(tmp_path / "validation.jsonl"),
         },
-        "replicates": 2,
+        "replicates": 1,
         "extend": 0,
         "grid": {"train.learning_rate": [0.001, 0.01]},
         "baseline": "clm",
@@ -71,21 +74,20 @@ def test_an_experiment_that_is_stopped_goes_on_by_the_same_command_and_leaves_fi
     second = subprocess.run(command(made, "--workers", 2), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert second.returncode == 0, second.stdout + second.stderr
     after = finals(made)
-    assert (
-        len(after) == 8 and before.items() <= after.items()
-    )  # 2 x 2 to tune, 2 of the second replicate, 2 half as long
+    assert len(after) == 5 and before.items() <= after.items()  # two arms at two rates, one half as long
     results_hold(made.parent / "out")
-    third = subprocess.run(command(made), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert third.returncode == 0 and finals(made) == after, third.stdout + third.stderr
+    conduct(load_experiment(made), made.parent / "base.yaml", workers=1)
+    assert finals(made) == after
     made.write_text(made.read_text().replace("keep: 0.5", "keep: 0.4"))
-    other = subprocess.run(command(made), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert other.returncode == 2 and "train.keep: 0.5 stored, 0.4 now" in other.stderr and finals(made) == after
+    with pytest.raises(UserError, match=r"train\.keep: 0\.5 stored, 0\.4 now"):
+        conduct(load_experiment(made), made.parent / "base.yaml", workers=1)
+    assert finals(made) == after
 
 
 def results_hold(root: Path) -> None:
     """The table says what metrics and choice say: the test set chose nothing."""
     rows = pq.read_table(root / "results.parquet").to_pylist()
-    assert len(rows) == 8 == len(list(csv.DictReader((root / "results.csv").open())))
+    assert len(rows) == 5 == len(list(csv.DictReader((root / "results.csv").open())))
     for row in rows:
         metrics = [json.loads(line) for line in (Path(row["folder"]) / "metrics.jsonl").read_text().splitlines()]
         evals = [item for item in metrics if item["kind"] == "eval"]
@@ -97,7 +99,6 @@ def results_hold(root: Path) -> None:
         best = min(tuning, key=lambda row: row["validation_final"])
         assert [row["point"] for row in tuning if row["chosen"]] == [best["point"]]
     summary = {entry["arm"]: entry for entry in json.loads((root / "summary.json").read_text())["arms"]}
-    judged = {(row["arm"], row["replicate"]): row["test_final"] for row in rows if row["chosen"] and row["length"] == 1}
-    pairs = [judged["slm", seed] - judged["clm", seed] for seed in (0, 1)]
-    assert summary["slm"]["difference"]["mean"] == pytest.approx(sum(pairs) / 2)
+    judged = {row["arm"]: row["test_final"] for row in rows if row["chosen"] and row["length"] == 1}
+    assert summary["slm"]["difference"]["mean"] == judged["slm"] - judged["clm"]
     assert summary["clm"]["difference"]["mean"] == 0 and "slm" in (root / "summary.md").read_text()

@@ -8,7 +8,7 @@ SIFT    := .venv/bin/tokensift
 # Idle threads sleep instead of spinning: a busy machine would otherwise run many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup vllm demo reference score train eval report pictures test test-all test-vllm lint format bench mutants clean
+.PHONY: help setup vllm demo reference score train eval report pictures test test-all test-vllm lint format bench bench-train mutants clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -79,6 +79,10 @@ bench: setup     ## side-by-side measurements, after `make demo`; fetches a 135M
 	.venv/bin/python -m benchmarks.scoring
 	.venv/bin/python -m benchmarks.scoring --model runs/smollm2 --window 1024 --batch-tokens 2048 --documents 5
 	.venv/bin/python -m benchmarks.scoring --model runs/smollm2 --window 1024 --batch-tokens 2048 --documents 5 --dtype bfloat16
+
+bench-train: setup  ## the training step and its head beside the community's, after `make demo`
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	.venv/bin/python -m benchmarks.training
 	.venv/bin/python -m benchmarks.head
 
 mutants:         ## does a test fail for each small mistake? (PATH=schemas/seal.py, TESTS=...; after `make setup`; no part of `test`)

@@ -66,7 +66,9 @@ def dynamics(config: Config, models: list[str], on_target: bool, tokens: int, ou
             "train with train.keep_every, which keeps checkpoints for good, or name model folders",
         )
     folders = [local_model(name) for name in chosen]
-    places = [state_of(folder) for folder in folders]
+    places = [
+        start() if name == config.base else state_of(folder) for name, folder in zip(chosen, folders, strict=True)
+    ]
     sample = target_sample(config) if on_target else corpus_sample(config, places[-1]["position"], tokens)
     with bar("dynamics") as progress:
         columns = []
@@ -93,13 +95,17 @@ def kept_models(config: Config) -> list[str]:
     return [config.base, *map(str, steps)]
 
 
+def start() -> dict[str, int]:
+    """What a run counts before its first step. The base may be another run's end, whose counts are not this one's."""
+    return dict.fromkeys(("step", "tokens_seen", "position"), 0)
+
+
 def state_of(folder: Path) -> dict[str, int]:
     """Step, tokens seen and place in the order, as a checkpoint or a run's final model says; zeros for another model."""
-    names = ("step", "tokens_seen", "position")
     if not (folder / STATE).exists():
-        return dict.fromkeys(names, 0)
+        return start()
     state = read_sealed(folder)["state"]
-    return {name: int(state[name]) for name in names}
+    return {name: int(state[name]) for name in start()}
 
 
 def corpus_sample(config: Config, position: int, tokens: int) -> Sample:

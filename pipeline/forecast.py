@@ -35,8 +35,9 @@ def forecast(config: Config, ranks: int) -> dict[str, Any]:
     saved, state = found(run, origin_of(run))
     row_tokens = geometry.rows * geometry.row_tokens
     seen = settings.tokens or round((settings.epochs or 1) * source.tokens)
+    micros = geometry.rows // (geometry.micro_rows * ranks)
     try:
-        shape, memory = foretell(base, settings, geometry.micro_rows, geometry.row_tokens, ranks)
+        shape, memory = foretell(base, settings, geometry.micro_rows, geometry.row_tokens, ranks, micros)
     except Exception as error:  # a family's code may look into tensors, and these have nothing in them
         fix = "start it and see; nothing else of the plan is wrong"
         raise UserError(f"base: memory of {base} cannot be foretold ({first_line(error)})", fix) from error
@@ -52,7 +53,7 @@ def forecast(config: Config, ranks: int) -> dict[str, Any]:
         "tokens_per_step": row_tokens,
         "rows_per_step": geometry.rows,
         "micro_rows": geometry.micro_rows,
-        "micro_batches": geometry.rows // (geometry.micro_rows * ranks),
+        "micro_batches": micros,
         "parameters": shape.parameters,
         "memory_per_rank": {**asdict(memory), "device": memory.device},
         "checkpoint_bytes": 12 * shape.parameters,

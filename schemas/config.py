@@ -158,8 +158,13 @@ class Train(Section):
         default=None,
         description="steps to trace, from and to (exclusive): a Chrome trace a rank in the run's `profile`",
     )
-    recompute: Literal["none", "full"] = Field(
-        default="none", description="full: layers keep their input alone and run again in the backward"
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="full: layers keep their input alone and run again in the backward; selective: they keep the results of"
+        " products and attention too",
+    )
+    compile: bool = Field(
+        default=False, description="compile the model's layers: a slower start, faster steps on a GPU"
     )
     dropout: bool = Field(default=False, description="train with the dropout that the model's own config names")
     checkpoint_every: int = Field(default=500, ge=1, description="steps")

@@ -29,20 +29,19 @@ def open_model(
     compute: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     dropout: bool = False,
-    scoring: bool = False,
 ) -> Opened:
     """Load a causal language model exactly and prove how its windows can be kept apart.
 
     `field` is the config's name for it, `window` the longest window in tokens, `dtype` the parameters'. Dropout stays
-    off, in training too, unless asked for: tokens would else be ranked by noisy losses. `scoring`: all forwards will be
-    without gradients, so that float32 products may be the fastest ones (`schemas.product`). Raises UserError for a folder
-    that is no whole model, a window beyond the model's positions, and a model whose windows cannot be kept apart.
+    off, in training too, unless asked for: tokens would else be ranked by noisy losses. Float32 products on a CPU are
+    those of `schemas.product`. Raises UserError for a folder that is no whole model, a window beyond the model's
+    positions, and a model whose windows cannot be kept apart.
     """
     module = _load(folder, field, dtype)
     limit = _positions(module.config.get_text_config())
     refuse_long_windows(limit, window, folder)
     module.to(device).eval()
-    fast = scoring and dtype == (compute or dtype) and by_onednn(dtype, device)
+    fast = dtype == (compute or dtype) and by_onednn(dtype, device)
     opened = prove(module, compute or dtype, window, f"{field}: {folder}", onednn=fast)
     module.train(dropout)
     return opened

@@ -23,10 +23,33 @@ def by_onednn(dtype: torch.dtype, device: str | torch.device) -> bool:
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`rows @ weight.T + bias`: rows [..., d], weight [n, d], bias [n]. With gradients it is PyTorch's own."""
-    if torch.is_grad_enabled() or weight.dtype != rows.dtype or not by_onednn(rows.dtype, rows.device):
+    """`rows @ weight.T + bias`: rows [..., d], weight [n, d], bias [n]."""
+    if weight.dtype != rows.dtype or not by_onednn(rows.dtype, rows.device) or not rows.numel():
         return linear(rows, weight, bias)
+    if torch.is_grad_enabled():
+        found: Any = _Product.apply(rows, weight, bias)
+        return found
     return (_opaque if torch.compiler.is_compiling() else _onednn)(rows, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """The same with gradients, which are products of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):  # type: ignore[override]
+        ctx.save_for_backward(rows, weight)
+        return product(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[override]
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        flat = grad.flatten(0, -2)
+        return (
+            product(grad, weight.T) if of_rows else None,
+            product(flat.T, rows.flatten(0, -2).T) if of_weight else None,
+            flat.sum(0) if of_bias else None,
+        )
 
 
 def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from schemas.batch import IGNORE
 from schemas.loss import CHUNK_TOKENS
-from schemas.product import project
+from schemas.product import product, project
 
 KEPT_BYTES = 2 << 30
 Choose = Callable[[torch.Tensor], torch.Tensor]  # float32 losses of any shape -> mask of the same shape
@@ -39,11 +39,15 @@ class KeptLoss(torch.autograd.Function):
         targets: torch.Tensor,
         choose: Choose,
         count: int | None = None,
+        compute: torch.dtype | None = None,
     ):
         """hidden [n, d], weight [vocab, d], targets [n]; `choose` maps losses [n] to a mask [n] of kept rows.
 
-        count: how many it keeps; the backward asks the device, and waits for it, if that is not known. Returns (sum of kept losses in nats, losses float32 [n] with NaN where unpredicted, mask).
+        count: how many it keeps; the backward asks the device, and waits for it, if that is not known. compute: dtype of
+        the products; gradients are of the dtypes given, so that a float32 weight's is not rounded on the way. Returns (sum of kept losses in nats, losses float32 [n] with NaN where unpredicted, mask).
         """
+        ctx.dtypes, compute = (hidden.dtype, weight.dtype), compute or hidden.dtype
+        hidden, weight = hidden.to(compute), weight.to(compute)
         fits = hidden.shape[0] * weight.shape[0] * hidden.element_size() <= KEPT_BYTES
         stored = hidden.new_empty(hidden.shape[0], weight.shape[0]) if fits and ctx.needs_input_grad[0] else None
         losses = torch.full((hidden.shape[0],), torch.nan, device=hidden.device)
@@ -64,8 +68,7 @@ class KeptLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: Any):  # type: ignore[override]
         """Softmax minus one-hot on the kept rows, in two products."""
         hidden, weight, targets, mask, stored = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_hidden, grad_weight = torch.zeros_like(hidden), None
         found = torch.nonzero(mask) if ctx.count is None else torch.nonzero_static(mask, size=ctx.count)
         for rows in found.squeeze(1).split(CHUNK_TOKENS):
             kept = hidden[rows]
@@ -73,6 +76,10 @@ class KeptLoss(torch.autograd.Function):
             chunk = log_p.exp_()
             chunk.scatter_add_(1, targets[rows, None], chunk.new_full((len(rows), 1), -1.0))
             chunk = chunk.mul_(grad).to(hidden.dtype)
-            grad_hidden[rows] = chunk @ weight
-            grad_weight += (chunk.T @ kept).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            grad_hidden[rows] = product(chunk, weight.T)
+            own = product(chunk.T, kept.T).float()
+            grad_weight = own if grad_weight is None else grad_weight.add_(own)
+        if grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        of_hidden, of_weight = ctx.dtypes
+        return grad_hidden.to(of_hidden), grad_weight.to(of_weight), None, None, None, None

@@ -1,5 +1,6 @@
 """The live model: any opened causal LM, wrapped so that one forward gives losses, selection and loss sum."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from schemas.batch import Batch
 from schemas.errors import UserError
@@ -37,23 +38,25 @@ class Live(nn.Module):
         super().__init__()
         self.model = opened.module
         self.opened = opened
+        self.compiled = False  # `trainer.compiled`
 
     def forward(self, batch: Batch, choose: Choose, count: int | None = None) -> Judged:
         """Run a batch; `choose` sees float32 losses in nats, NaN where nothing is predicted, and gives a mask.
 
         count: how many tokens the mask will hold, if that is known.
         """
+        if self.compiled:
+            batch = of_one_shape(batch)
         output, targets = forward(self.opened, batch).flatten(0, 1), batch.targets.flatten()
         if self.opened.linear:
             # Losses of the head are float32 whatever the dtype, so autocast ends before it.
-            compute = self.opened.compute
-            weight = self.model.get_output_embeddings().weight
             kept: Any = KeptLoss.apply(
-                output.to(compute),
-                weight.to(compute),
+                output,
+                self.model.get_output_embeddings().weight,
                 targets,
                 lambda losses: choose(losses.view_as(batch.targets)).flatten(),
                 count,
+                self.opened.compute,
             )
             loss_sum, losses, mask = kept
         else:
@@ -63,10 +66,36 @@ class Live(nn.Module):
         return Judged(loss_sum, losses.detach().view_as(batch.targets), mask.view_as(batch.targets))
 
 
-def recompute(module: Any) -> None:
-    """Have each decoder layer keep its input alone, and run again in the backward: a third more compute, less memory."""
+def of_one_shape(batch: Batch) -> Batch:
+    """A batch such that compiled layers see nothing change but values, and how many windows there are."""
+    torch._dynamo.maybe_mark_dynamic(batch.bounds, 0)  # type: ignore[attr-defined]
+    return replace(batch, longest=1 << (batch.ids.shape[1] - 1).bit_length())
+
+
+def kept_operators() -> list[Any]:
+    """Operators whose results `selective` keeps: products and attention, which are what costs time."""
+    names = {
+        "aten": ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+                 "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+        "mkldnn": ("_linear_pointwise",),
+        "tokensift": ("onednn",),
+        "torch_attn": ("_varlen_attn",),
+    }  # fmt: skip
+    found = (getattr(getattr(torch.ops, space), name, None) for space, wanted in names.items() for name in wanted)
+    return [packet.default for packet in found if packet is not None]
+
+
+def recompute(module: Any, way: str = "full") -> None:
+    """Have each decoder layer run again in the backward.
+
+    full: it keeps its input alone, a third more compute. selective: also the results of products and attention, so that
+    what runs again is cheap.
+    """
+    named = {}
+    if way == "selective":
+        named["context_fn"] = partial(create_selective_checkpoint_contexts, kept_operators())
     for layer in decoder_layers(module):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **named)
 
 
 def parallelize(live: Live, mesh: DeviceMesh | None) -> Live:

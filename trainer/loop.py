@@ -22,6 +22,7 @@ from schemas.models import open_model
 from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.choice import choice, chosen_ahead, require_columns
+from trainer.compiled import compile_layers, prove_compiled, uncompiled
 from trainer.data import Source
 from trainer.export import export
 from trainer.live import Live, parallelize, recompute
@@ -101,6 +102,8 @@ def _train(run: Run, final: Path) -> Path:
     run.source.index(run.ranks)
     live, optimizer = build(run, saved)
     geometry = geometry_of(run, alone=live.opened.isolation == "alone")
+    if run.config.compile:
+        prove_compiled(live, geometry, run.context.window, run.ranks, run.config.dropout)
     log = Log(run.config.output, state.step, run.config.wandb, origin["train"]) if run.ranks.first else None
     if log:
         log.write("model", state.step, {"isolation": live.opened.isolation, "linear_head": live.opened.linear})
@@ -212,7 +215,8 @@ def optimize(
     torch.manual_seed(seed)  # again: tokens are trained on under the dropout that they were chosen under
     for index, micro in enumerate(micros):
         if ranks.world > 1:
-            live.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[operator]
+            # Gradients are shared out at each: kept whole to the last, they would be as large as the model on every rank.
+            live.set_requires_all_reduce(index == len(micros) - 1)  # type: ignore[operator]
         judged = live(micro.batch, *choice(selection, micro, ranks, chosen, index))
         (judged.loss_sum / divisor).backward()
         losses.append(judged.losses)
@@ -246,9 +250,12 @@ def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
         device=run.ranks.device,
         dropout=run.config.dropout,
     )
-    if run.config.recompute == "full":
-        recompute(opened.module)
-    live = parallelize(Live(opened), run.ranks.mesh(run.config.shard_ranks))
+    if run.config.recompute != "none":
+        recompute(opened.module, run.config.recompute)
+    live = Live(opened)
+    if run.config.compile:
+        compile_layers(live)
+    live = parallelize(live, run.ranks.mesh(run.config.shard_ranks))
     optimizer = adamw(live.parameters(), run.config)
     if saved:
         fill(Parts(saved), live, optimizer)
@@ -339,7 +346,8 @@ def evaluate(run: Run, live: Live, log: Log | None, state: State) -> None:
     if run.evaluate is None:
         return
     live.model.eval()
-    found = run.evaluate(live)
+    with uncompiled():
+        found = run.evaluate(live)
     live.model.train(run.config.dropout)
     if log:
         log.write("eval", state.step, {"tokens_seen": state.tokens_seen, **found})

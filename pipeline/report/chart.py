@@ -36,11 +36,11 @@ STYLE = (
     "svg.figure{font:13px system-ui,-apple-system,'Segoe UI',sans-serif}"
     "svg.figure text{fill:var(--ink)}svg.figure .dim{fill:var(--dim)}"
     "svg.figure .grid{stroke:var(--rule)}svg.figure .level{stroke:var(--dim);stroke-dasharray:5 4}"
-    "svg.figure .line{fill:none;stroke-width:2.2;stroke-linejoin:round}svg.figure .band{stroke:none;fill-opacity:.18}"
+    "svg.figure .line{fill:none;stroke-width:2.2;stroke-linejoin:round}svg.figure .band{fill-opacity:.18}"
     "svg.figure .dash{stroke-dasharray:6 5}svg.figure .word{font:13px ui-monospace,Menlo,Consolas,monospace}"
     + "".join(
         f"svg.figure .{name}{{stroke:var(--{name})}}svg.figure text.{name},svg.figure circle.{name}"
-        f"{{fill:var(--{name});stroke:none}}svg.figure polygon.{name}{{fill:var(--{name})}}"
+        f"{{fill:var(--{name});stroke:none}}svg.figure polygon.{name}{{fill:var(--{name});stroke:none}}"
         for name in COLOURS
     )
 )
@@ -145,7 +145,7 @@ def drawn(
 
 def ranges(rows: Sequence[Range], label: str) -> str:
     """Rows of dots around zero, with mean and standard deviation of each, for a wide page and for a phone."""
-    phone, wide = (_ranges(rows, label, size) for size in (replace(PHONE, left=14), replace(WIDE, left=190, right=110)))
+    phone, wide = (_ranges(rows, label, size) for size in (replace(PHONE, left=14), replace(WIDE, left=190, right=140)))
     return f'<div class="wide-page">{wide}</div><div class="phone">{phone}</div>'
 
 

@@ -80,8 +80,8 @@ def dynamics_sections(moves: Moves) -> list[Section]:
     caption = (
         f"Run {moves.arm}, {figures['tokens']:,} tokens of {figures['sample']}, under {len(figures['checkpoints'])} models from"
         f" start to end. Categories as in the paper, {MEANING}: a least-squares line through a token's losses falls or rises by"
-        " more than 0.2 nats, or else its last loss is above or below the mean. The paper's shares are of a 1.1B model that"
-        " had converged before."
+        " more than 0.2 nats, or else its last loss is above or below the mean. The paper's shares are of"
+        " TinyLlama-1.1B on 15B tokens of OpenWebMath."
     )
     x = [point["tokens_seen"] for point in figures["checkpoints"]]
     x = x if len({*x}) == len(x) else list(range(len(x)))
@@ -97,7 +97,7 @@ def dynamics_sections(moves: Moves) -> list[Section]:
     ]
     legend = " · ".join(f'<span style="background:{_shade(name)}">{name}</span>' for name in CATEGORIES)
     return [
-        Section("How single tokens' losses move", caption, shares_table(figures) + curves),
+        Section(f"How single tokens' losses move: {moves.arm}", caption, shares_table(figures) + curves),
         Section("Which tokens those are", "", f'<p class="caption key">{legend}</p>{"".join(words)}'),
     ]
 

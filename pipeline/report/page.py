@@ -22,11 +22,11 @@ h4{font-size:13px;font-weight:600;color:var(--dim);margin:22px 0 4px;overflow-wr
 .caption{color:var(--dim);font-size:14px;margin:4px 0 10px;max-width:74ch;overflow-wrap:anywhere}
 .wide{overflow-x:auto}
 svg.figure{width:100%;height:auto;display:block}.phone{display:none}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:15px}
-th,td{text-align:right;padding:7px 0 7px 18px;border-bottom:1px solid var(--rule);vertical-align:bottom}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
+th,td{text-align:right;padding:7px 0 7px 13px;border-bottom:1px solid var(--rule);vertical-align:bottom}
 th{color:var(--dim);font-weight:500;font-size:13px}
 th:first-child,td:first-child{text-align:left;padding-left:0}
-td[class]{font-weight:600}
+td[class]{font-weight:600}td:not(:first-child){white-space:nowrap}td:first-child{min-width:7em}
 .text{font:13px/1.75 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:0;
  padding:12px 14px;border:1px solid var(--rule);border-radius:8px 8px 0 0;cursor:default}
 .text:focus-visible{outline:2px solid var(--slm);outline-offset:2px}

@@ -149,7 +149,8 @@ def tuned_table(results: Results) -> str:
     rows = []
     for arm in results.arms:
         point = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in arm["point"].values())
-        cells = [_cell(arm.get(key), form) for key, form in columns.values()]
+        own = arm["arm"] == results.baseline
+        cells = ["-" if own and key != "test" else _cell(arm.get(key), form) for key, form in columns.values()]
         rows.append((results.colour(arm["arm"]), (arm["arm"], point + (" (edge)" if arm["at_edge"] else ""), *cells)))
     return table(("arm", "rate", *columns), rows)
 

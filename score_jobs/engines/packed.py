@@ -31,7 +31,7 @@ class PackedEngine:
     def __init__(self, model: Path, window: int, score: "Score", device: str):
         """Load the model. A batch holds `score.batch_tokens` tokens at most, and at least one window."""
         self.dtype: torch.dtype = getattr(torch, score.dtype)
-        self.model = open_model(model, "score.model", window, dtype=self.dtype, device=device, scoring=True)
+        self.model = open_model(model, "score.model", window, dtype=self.dtype, device=device)
         self.device, self.window, self.entropy = device, window, score.entropy
         self.batch_tokens = max(window, score.batch_tokens)
         # Compiled for one shape: what the first batch happened to be may not decide how the others are computed.

@@ -105,6 +105,13 @@ def test_target_texts_are_followed_after_their_prompts_with_a_reference_that_is_
     assert [row["ref_loss"] for row in rows] == pytest.approx(wanted, abs=2e-5)
 
 
+def test_a_base_that_was_itself_trained_counts_as_the_start(run: Config, tmp_path: Path) -> None:
+    based = run.model_copy(update={"base": str(run.train.folder / "final")})
+    last = str(run.train.folder / "checkpoints" / "step-0000006")
+    points = dynamics(based, [based.base, run.base, last], False, 50, tmp_path)["checkpoints"]
+    assert [(point["step"], point["tokens_seen"] > 0) for point in points] == [(0, False), (0, False), (6, True)]
+
+
 def test_a_run_without_checkpoints_is_told_how_to_keep_them(scores: Config, tmp_path: Path) -> None:
     config = scores.model_copy(update={"train": scores.train.model_copy(update={"output": tmp_path})})
     with pytest.raises(UserError, match=r"train\.keep_every"):

@@ -15,7 +15,7 @@ from schemas.models import open_model
 from score_jobs.engines.packed import PackedEngine
 
 
-@pytest.mark.parametrize("shape", [(7, 5, 3), (1, 300, 64), (257, 65, 33), (0, 8, 8)])
+@pytest.mark.parametrize("shape", [(7, 5, 3), (1, 300, 64), (257, 65, 33), (0, 8, 8), (8, 8, 0)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_a_product_is_that_of_float64_of_any_shape_also_of_rows_and_weights_that_are_views(
     shape: tuple[int, int, int], biased: bool
@@ -31,10 +31,23 @@ def test_a_product_is_that_of_float64_of_any_shape_also_of_rows_and_weights_that
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_gradients_pass_through_a_product_and_other_dtypes_are_pytorchs_own() -> None:
-    rows, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
-    product.product(rows, weight).sum().backward()
-    torch.testing.assert_close(rows.grad, weight.sum(0).expand(4, 3))
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
+def test_gradients_of_a_product_are_those_of_pytorchs_own(wanted: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    given = torch.randn(2, 9, 5).transpose(1, 2), torch.randn(7, 9), torch.randn(7)
+    weights = torch.randn(2, 5, 7).transpose(0, 1).contiguous().transpose(0, 1)
+    gradients = []
+    for multiply in (product.product, torch.nn.functional.linear):
+        leaves = [tensor.clone().requires_grad_(asked) for tensor, asked in zip(given, wanted, strict=True)]
+        (multiply(*leaves) * weights).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        torch.testing.assert_close(one, other)
+
+
+def test_other_dtypes_are_pytorchs_own() -> None:
+    rows, weight = torch.randn(4, 3), torch.randn(5, 3)
     with torch.no_grad():
         for dtype in (torch.float64, torch.bfloat16):
             assert torch.equal(product.product(rows.to(dtype), weight.to(dtype)), rows.to(dtype) @ weight.to(dtype).T)
@@ -56,14 +69,14 @@ def test_only_plain_linear_layers_that_nobody_changed_are_given_the_product(monk
     assert [given[1:] for given in seen] == [(layer.weight, layer.bias) for layer in layers[:2]]
 
 
-def test_law_13_a_product_that_is_not_the_models_own_is_refused_when_the_engine_opens_it(
+def test_law_13_a_product_that_is_not_the_models_own_is_refused_when_it_is_opened(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = product._forward
     monkeypatch.setattr(product, "_forward", lambda *given: exact(*given) * 1.01)
-    open_model(tiny_model, "base", 32)
-    with pytest.raises(UserError, match=r"score\.model: .* lets a window's losses depend on what else is in the batch"):
-        open_model(tiny_model, "score.model", 32, scoring=True)
+    open_model(tiny_model, "base", 32, compute=torch.bfloat16)
+    with pytest.raises(UserError, match=r"base: .* lets a window's losses depend on what else is in the batch"):
+        open_model(tiny_model, "base", 32)
 
 
 def test_an_engine_multiplies_by_onednn_in_float32_on_a_cpu_alone_and_its_receipts_say_so(tiny_model: Path) -> None:

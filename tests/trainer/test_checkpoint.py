@@ -111,6 +111,7 @@ SETTINGS = {
     "skip_spikes": 9.0,
     "dtype": "bfloat16",
     "dropout": True,
+    "compile": True,
 }
 
 

@@ -54,6 +54,7 @@ CASES = {
     "llama-tied both": {"objective": "self-ref-both", "scope": "micro", "micro_rows": 2},
     "gemma-untied both": {"objective": "self-ref-both", "scope": "sequence", "micro_rows": 4},
     "llama-untied both": {"objective": "self-ref-both", "scope": "step", "micro_rows": 1},
+    "llama-tied compiled": {"objective": "slm", "scope": "micro", "micro_rows": 2, "compile": True},
 }
 TWO_RANKS = {
     "llama-tied": {"objective": "slm", "scope": "micro", "micro_rows": 1},

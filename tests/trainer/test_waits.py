@@ -52,7 +52,7 @@ def live(monkeypatch) -> Any:
         model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2))
     assert attention.install(model)
     found = Live(Opened(model, linear=True, isolation="varlen", compute=torch.float32))
-    found.set_requires_gradient_sync = lambda _on: None
+    found.set_requires_all_reduce = lambda _on: None
     return found
 
 

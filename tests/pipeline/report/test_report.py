@@ -2,8 +2,10 @@
 
 import base64
 import hashlib
+import html
 import json
 import math
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -273,22 +275,37 @@ def test_no_arm_is_a_user_error(make_config: Callable[..., Config], tmp_path: Pa
         build_report(make_config(tmp_path))
 
 
-@pytest.mark.browser
-def test_a_browser_shows_the_page(experiment: Config, tmp_path: Path) -> None:
+def browse(page: Path, profile: Path, *more: str) -> str:
+    """What headless Chromium prints; skips the test where there is none."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not chromium:
         pytest.skip("no Chromium")
-    page = build_report(experiment)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-             "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-             f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+             "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}"]  # fmt: skip
+    command = [chromium, *flags, *more, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
-    def run(*more: str) -> str:
-        command = [chromium, *flags, *more, page.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
-    dom = run("--dump-dom")
+@pytest.mark.browser
+def test_a_browser_shows_the_page(experiment: Config, tmp_path: Path) -> None:
+    page = build_report(experiment)
+    dom = browse(page, tmp_path / "profile", "--dump-dom")
     assert "SLM reached" in dom and dom.count("<svg") == 2 * 3 and "alert(" not in dom.split("<body")[0]
     picture = tmp_path / "page.png"
-    run(f"--screenshot={picture}", "--window-size=1000,3600")
+    browse(page, tmp_path / "profile", f"--screenshot={picture}", "--window-size=1000,3600")
     assert picture.stat().st_size > 50_000
+
+
+@pytest.mark.browser
+def test_arrow_keys_lead_from_token_to_token(experiment: Config, tmp_path: Path) -> None:
+    keys = """<script>for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"])
+        document.querySelector(".text").dispatchEvent(new KeyboardEvent("keydown", {key}))</script></body>"""
+    text = build_report(experiment).read_text()
+    page = tmp_path / "pressed.html"  # without the policy, which would keep this script from running too
+    page.write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", keys))
+    dom = browse(page, tmp_path / "profile", "--dump-dom")
+    spans = re.findall(r"<span[^>]*>", dom.split('<p class="text"')[1].split("</p>")[0])
+    shown = dom.split("<output", 1)[1].split(">", 1)[1].split("</output>")[0]
+    assert [number for number, span in enumerate(spans) if re.search(r'class="[^"]*at"', span)] == [1]
+    title = re.search(r'title="([^"]*)"', spans[1])
+    assert title and html.unescape(title.group(1)) == html.unescape(shown) and "excess" in shown

@@ -168,8 +168,13 @@ def by_length(rows: Sequence[Row], like: Row) -> list[Row]:
 
 
 def fewer(row: Row, baseline: Row, judged: Sequence[Row], cost: Callable[[Row], float]) -> float | None:
-    """What the baseline cost over what the arm costs, its rate decayed, at the length where it ends at the same loss."""
+    """What the baseline cost over what the arm costs, its rate decayed, at the length where it ends at the same loss.
+
+    At least that, if the shortest run ends lower already; None if the arm was run at one length alone.
+    """
     points = [(cost(one), one.test_final) for one in by_length(judged, row)]
+    if len(points) < 2:
+        return None
     return ratio(cost(baseline), decayed_reach(points, baseline.test_final))
 
 

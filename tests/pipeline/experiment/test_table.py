@@ -64,6 +64,11 @@ def test_at_equal_compute_an_arm_is_held_against_the_baseline_trained_for_what_r
     assert found["less_compute_of_3_runs"]["mean"] == pytest.approx(3000 / 2500)
 
 
+def test_one_length_says_nothing_of_how_soon_an_arm_decayed_there_would_have_come_to_the_baselines_end() -> None:
+    found = summary([row("clm", 0, 4.0), row("slm", 0, 3.5)])["slm"]
+    assert found["fewer_tokens_decayed"] == {"mean": None, "sd": None, "n": 0, "of": 1}
+
+
 def test_an_arm_that_never_gets_there_says_so_and_in_how_many_pairs() -> None:
     rows = [row("clm", 0, 4.0), row("clm", 1, 4.0), row("slm", 0, 3.9, tokens_to_baseline=500.0), row("slm", 1, 4.1)]
     found = summary(rows)["slm"]["fewer_tokens"]

@@ -126,7 +126,7 @@ def _train(run: Run, final: Path) -> Path:
             evaluate(run, live, log, state)
         save(saver, log, state)
     if run.ranks.first:
-        export(checkpoint.folder_of(folder, state.step), final)
+        export(checkpoint.folder_of(folder, state.step), final, state)
     run.ranks.wait()
     return final
 

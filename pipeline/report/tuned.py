@@ -76,8 +76,8 @@ def read_results(folder: Path) -> Results | None:
 def tuned_headline(results: Results) -> str:
     """The tuned comparison in a few sentences."""
     base, best = results.arm(results.baseline), results.best
-    if best is None:
-        return f"No arm of {results.name} that selects by excess loss has been judged yet."
+    if best is None or best["difference"]["mean"] is None:
+        return f"No arm of {results.name} that selects by excess loss has been judged beside {results.baseline} yet."
     gain = best["difference"]
     sentences = [
         f"Each arm at its own best learning rate, chosen on validation text: {best['arm']} ends"

@@ -82,6 +82,14 @@ def test_a_best_rate_at_the_edge_and_a_curve_that_was_not_decayed_are_said(tmp_p
     assert "1.6× fewer tokens, its rate not yet decayed there" in text and "compute" not in text
 
 
+def test_an_experiment_that_has_not_judged_an_arm_beside_its_baseline_says_so(tmp_path: Path) -> None:
+    results = read_results(write_experiment(tmp_path / "demo"))
+    assert results
+    for arm in results.arms:
+        arm["difference"] = {"mean": None, "sd": None, "n": 0, "of": 0}
+    assert "has been judged beside clm yet" in tuned_headline(results)
+
+
 def test_differences_are_of_pairs_and_only_of_chosen_runs(tmp_path: Path) -> None:
     results = read_results(write_experiment(tmp_path / "demo"))
     assert results

@@ -91,4 +91,4 @@ mutants:         ## does a test fail for each small mistake? (PATH=schemas/seal.
 clean:           ## delete the demo's output
 	rm -rf runs/demo
 
-torchrun = $(if $(filter 1,$(NPROC)),$(SIFT),.venv/bin/torchrun --standalone --nproc-per-node=$(NPROC) -m pipeline.cli) $(1) --config $(CONFIG)
+torchrun = $(if $(filter 1,$(NPROC)),$(SIFT),.venv/bin/torchrun --standalone --nproc-per-node=$(NPROC) --shutdown-timeout=240 -m pipeline.cli) $(1) --config $(CONFIG)

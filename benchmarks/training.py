@@ -11,7 +11,9 @@ step of a process of its own holds at most, beyond what it held before it opened
 once, a forward of the reference over each token, is the last row.
 """
 
+import gc
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -32,7 +34,7 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from benchmarks.scoring import read
-from schemas import attention
+from schemas import attention, product
 from schemas.batch import Batch, collate
 from schemas.config import Context, Train
 from schemas.loss import batch_losses
@@ -86,14 +88,21 @@ class Bench:
     def step(self, arm: str) -> Callable[[], float]:
         """`arm`'s optimizer step on the next batch; it returns the seconds that it took."""
         if arm == SCORING:
-            return self.timed(lambda batch: batch_losses(self.reference, batch))
+            return self.timed(self.scored)
         if arm == TRAINER:
             return partial(self.by_trainer, cycle(self.batches))
         if arm == LOOP:
             return self.timed(self.by_loop)
-        stored = {id(batch): batch_losses(self.reference, batch).loss.detach() for batch in self.batches}
-        losses = (lambda batch: batch_losses(self.reference, batch).loss) if "live" in arm else lambda b: stored[id(b)]
-        return self.timed(partial(self.ours, settings(self.dtype, **OURS[arm]), torch.no_grad()(losses)))
+        losses = self.scored
+        if "live" not in arm:
+            stored = {id(batch): self.scored(batch) for batch in self.batches}
+            losses = lambda batch: stored[id(batch)]  # noqa: E731
+        return self.timed(partial(self.ours, settings(self.dtype, **OURS[arm]), losses))
+
+    @torch.no_grad()
+    def scored(self, batch: Batch) -> torch.Tensor:
+        """The reference's losses."""
+        return batch_losses(self.reference, batch).loss
 
     def timed(self, work: Callable[[Batch], Any]) -> Callable[[], float]:
         """`work` on the next batch, under the attention of ours."""
@@ -183,21 +192,26 @@ class Bench:
         return torch.autocast(self.device.type, compute, enabled=compute != torch.float32)
 
     def plain(self) -> Any:
-        """While it is entered, models have transformers' own attention."""
+        """While it is entered, models have transformers' own attention and PyTorch's own products."""
         return _Plain([self.live.model, self.reference.module])
 
 
 class _Plain:
     def __init__(self, modules: list[Any]):
         self.modules = modules
+        self.products = [any("forward" in vars(layer) for layer in module.modules()) for module in modules]
 
     def __enter__(self) -> None:
         for module in self.modules:
             attention.remove(module)
+            for layer in module.modules():
+                vars(layer).pop("forward", None)
 
     def __exit__(self, *_: object) -> None:
-        for module in self.modules:
+        for module, multiplies in zip(self.modules, self.products, strict=True):
             attention.install(module)
+            if multiplies:
+                product.install(module)
 
 
 def selected_loss(model: Any, reference: Any, ids: torch.Tensor, autocast: Any) -> torch.Tensor:
@@ -236,7 +250,10 @@ def held(device: torch.device, reset: bool = False) -> int:
 def peak_of(arm: str, arguments: list[str]) -> int:
     """Bytes that a step of `arm` holds at most, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.training", *arguments, "--only", arm]
-    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["peak"])
+    # glibc gives freed blocks back at once, so that what is measured is what lives.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(json.loads(found.stdout)["peak"])
 
 
 def main(
@@ -259,6 +276,7 @@ def main(
         step = bench.step(only)
         if only != TRAINER and "live" not in only and only != LOOP:
             bench.reference = None  # these do without one
+            gc.collect()
         step()
         held(bench.device, reset=True)
         step()

@@ -75,6 +75,13 @@ def find_config(path: Path) -> Path:
     return shipped if by_name and not path.is_file() and shipped.exists() else path
 
 
+def find_experiment(path: Path) -> Path:
+    """The file itself, or the shipped experiment of that name."""
+    shipped = Path(__file__).resolve().parents[1] / "configs" / "experiments" / f"{path.stem}.yaml"
+    by_name = path in (Path(path.stem), Path("configs", "experiments", shipped.name))
+    return shipped if by_name and not path.is_file() and shipped.exists() else path
+
+
 def show_version(wanted: bool) -> None:
     """Print the version and leave."""
     if wanted:
@@ -226,6 +233,31 @@ def train(
     from pipeline.train import train_live
 
     train_live(loaded)
+
+
+@app.command()
+def experiment(
+    file: Annotated[Path, typer.Argument(help="YAML file of the experiment, or the name of a shipped one (demo).")],
+    workers: Annotated[int, typer.Option(min=1, help="Runs made side by side on this machine.")] = 1,
+    arms: Annotated[str | None, typer.Option(help="Only these arms, by comma.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is done and what is to do. Runs nothing.")
+    ] = False,
+) -> None:
+    """Arms, each at its own best setting by validation loss, over replicates: tables of losses and cost. Resumes."""
+    from pipeline.experiment.plan import load_experiment, only
+
+    loaded = load_experiment(find_experiment(file))
+    base = find_config(Path(loaded.config))
+    chosen = only(loaded, [name.strip() for name in arms.split(",")]) if arms else loaded
+    from pipeline.experiment.show import print_plan, print_summary
+
+    if dry_run:
+        return print_plan(chosen, base)
+    from pipeline.experiment.run import conduct
+
+    conduct(chosen, base, workers)
+    print_summary(loaded, base)
 
 
 @app.command()

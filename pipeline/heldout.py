@@ -23,7 +23,7 @@ class Continuations:
     def __init__(self, pairs: Sequence[tuple[str, str]], tokenizer: Any, context: Context, batch_tokens: int):
         """Tokenise (prompt, text) pairs, each part by itself."""
         head = [tokenizer.bos_token_id] if context.bos else []
-        self.row_tokens, self.rows = context.window, max(1, batch_tokens // context.window)
+        self.window, self.batch_tokens = context.window, max(context.window, batch_tokens)
         self.windows: dict[int, np.ndarray] = {}
         self.starts: dict[int, int] = {}  # where the tokens begin that are judged
         self.cut: set[int] = set()
@@ -46,13 +46,11 @@ class Continuations:
         """Float32 nats of the tokens of each text, given the prompt and the text before them."""
         device = next(live.parameters()).device
         numbers = list(self.windows)
-        rows = live.opened.rows([len(window) for window in self.windows.values()], self.row_tokens)
-        rows += [[]] * (-len(rows) % self.rows)  # every batch of one shape
+        lengths = [len(window) for window in self.windows.values()]
         found: dict[int, np.ndarray] = {}
-        for first in range(0, len(rows), self.rows):
-            chosen = rows[first : first + self.rows]
-            members = [numbers[index] for row in chosen for index in row]
-            batch = collate([self.windows[number] for number in members], renumbered(chosen), self.row_tokens)
+        for rows in live.opened.batches(lengths, self.window, self.batch_tokens):
+            members = [numbers[index] for row in rows for index in row]
+            batch = collate([self.windows[number] for number in members], renumbered(rows))
             for number, place in zip(members, batch.places, strict=True):
                 batch.targets[place.row, place.start : place.start + self.starts[number] - 1] = IGNORE
             judged = batch.gather(live(batch.to(device), choose_none).losses)

@@ -1,25 +1,27 @@
 """Runs of the trainer as the config describes them: the reference's on curated text, the live model's on scores."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline.evaluate import HeldOutLosses
 from pipeline.progress import bar, say
-from schemas.config import Config, Context, Corpus, Train
+from pipeline.tokens import tokenised
+from schemas.config import Config, Train
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
-from schemas.window import encode_in_batches
-from score_jobs.corpus import Document, corpus_documents
 from trainer.board import require_wandb
 from trainer.cache import Cache
-from trainer.data import MemoryWindows, ScoreShards, Source
+from trainer.data import ScoreShards, Source
 from trainer.loop import Run, Stopped, train
 from trainer.mixture import Mixture
-from trainer.ranks import die_with_parent, joined
+from trainer.ranks import Ranks, die_with_parent, joined
 from trainer.references import References
 
+TOKENS = "tokens"  # folder of the reference's corpus, below its output
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -27,7 +29,7 @@ def train_live(config: Config) -> Path:
     """Stage 2: train from the base on stored scores; one folder a run. Returns the final model's folder."""
     die_with_parent()
     settings, base, source, tokenizer = prepared(config)
-    return run_training(f"train {settings.output.name}", config, settings, base, source, tokenizer)
+    return run_training(f"train {settings.output.name}", config, settings, base, lambda _: source, tokenizer)
 
 
 def prepared(config: Config) -> tuple[Train, Path, Source, Any]:
@@ -64,10 +66,10 @@ def train_reference(config: Config) -> Path:
     die_with_parent()
     if config.reference is None:
         raise UserError("field `reference`: missing", "give its corpus and train settings, or a finished score.model")
-    base = local_model(config.base)
+    base, settings, corpus = local_model(config.base), config.reference.train, config.reference.corpus
     tokenizer = open_tokenizer(base, "base")
-    source = tokens_of(config.reference.corpus, tokenizer, config.context)
-    return run_training("train reference", config, config.reference.train, base, source, tokenizer)
+    source = partial(tokenised, corpus, tokenizer, config.context, settings.output / TOKENS)
+    return run_training("train reference", config, settings, base, source, tokenizer)
 
 
 def described(row: dict[str, Any]) -> tuple[str, str]:
@@ -89,12 +91,15 @@ def blocks(over: list[float]) -> str:
     return "".join(BLOCKS[round(share / max(shares) * (len(BLOCKS) - 1))] for share in shares)
 
 
-def run_training(title: str, config: Config, settings: Train, base: Path, source: Source, tokenizer: Any) -> Path:
-    """Run the trainer with a live view and held-out evaluation."""
+def run_training(
+    title: str, config: Config, settings: Train, base: Path, data: Callable[[Ranks], Source], tokenizer: Any
+) -> Path:
+    """Run the trainer with a live view and held-out evaluation; every rank calls for the `data` together."""
     require_wandb(settings.wandb)
     losses = HeldOutLosses(config, tokenizer)
     evaluate = losses if losses.sets else None
     with joined() as ranks:
+        source = data(ranks)
         try:
             with bar(title, show=ranks.first) as progress:
 
@@ -106,14 +111,3 @@ def run_training(title: str, config: Config, settings: Train, base: Path, source
             if ranks.first:
                 say(f"{title}: stopped after step {stopped.step}, which is saved; the same command goes on from there")
             raise
-
-
-def tokens_of(corpus: Corpus, tokenizer: Any, context: Context) -> MemoryWindows:
-    """A small corpus as windows in memory. Documents that cannot be used are counted in the error if none is left."""
-    texts = [row.text for row in corpus_documents(corpus) if isinstance(row, Document)]
-    windows = [window for document in encode_in_batches(tokenizer, texts, context) for window in document]
-    if not windows:
-        raise UserError(
-            f"corpus: {corpus.paths or corpus.dataset}: no usable document", f"look at column `{corpus.text}`"
-        )
-    return MemoryWindows(windows)

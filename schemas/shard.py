@@ -49,15 +49,15 @@ class Window:
     row: int = -1
 
 
-def shard_schema(vocabulary: int, entropy: bool) -> pa.Schema:
-    """Arrow schema of a score shard for a vocabulary of that many tokens."""
+def shard_schema(vocabulary: int, entropy: bool, losses: bool = True) -> pa.Schema:
+    """Arrow schema of a score shard for a vocabulary of that many tokens; without `losses` of tokens not scored."""
     token = pa.uint16() if vocabulary < 65_536 else pa.uint32()
 
     def values(kind: pa.DataType) -> pa.DataType:
         return pa.list_(pa.field("element", kind, nullable=False))
 
     columns = [("doc_id", pa.string()), ("row", pa.int64()), ("window", pa.int32()), ("tokens", values(token))]
-    columns += [("ref_loss", values(pa.float16()))]
+    columns += [("ref_loss", values(pa.float16()))] if losses else []
     columns += [("ref_entropy", values(pa.float16()))] if entropy else []
     columns += [("token_hash", pa.uint64())]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
@@ -113,8 +113,11 @@ def read_windows(table: pa.Table) -> list[Window]:
     ]
 
 
-def open_shard(path: Place | io.RawIOBase | pa.BufferReader) -> pq.ParquetFile:
-    """Open a score shard with page checksums verified. Raises UserError if it is not one."""
+def open_shard(path: Place | io.RawIOBase | pa.BufferReader, losses: bool = True) -> pq.ParquetFile:
+    """Open a score shard with page checksums verified. Raises UserError if it is not one.
+
+    Without `losses`: one of tokens that were never scored.
+    """
     try:
         source: Any = path.open() if isinstance(path, Url) else path
         # Read from far, a row group comes by one request, not by several a column.
@@ -125,7 +128,8 @@ def open_shard(path: Place | io.RawIOBase | pa.BufferReader) -> pq.ParquetFile:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})", SCORE_AGAIN) from error
     if METADATA_KEY not in (schema.metadata or {}):
         raise UserError(f"{path}: a Parquet file, but not a score shard (no `tokensift` metadata)", "name another file")
-    if not any(schema.equals(known) for known in _readable_schemas()):
+    known = _readable_schemas() if losses else [shard_schema(size, False, losses=False) for size in (0, 65_536)]
+    if not any(map(schema.equals, known)):
         raise UserError(f"{path}: its columns are not those of a score shard ({schema.names})", SCORE_AGAIN)
     return file
 

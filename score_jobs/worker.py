@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -95,18 +96,7 @@ class Worker:
 
     def read(self, unit: Unit) -> UnitTokens:
         """Read and tokenise a unit. Raises ShardError if its input is broken."""
-        started = time.perf_counter()
-        rows = list(self.reader.read(unit.url, unit.first, unit.end, unit.mark))
-        documents = [row for row in rows if isinstance(row, Document)]
-        rejected = [row for row in rows if isinstance(row, Rejected)]
-        pieces = encode_in_batches(self.tokenizer, [document.text for document in documents], self.job.context)
-        owners: list[Owner] = []
-        for document, windows in zip(documents, pieces, strict=True):
-            owners += [Owner(document.row, document.id, index) for index in range(len(windows))]
-            if not windows:
-                rejected.append(Rejected(document.row, document.id, "no tokens"))
-        tokens = [window for windows in pieces for window in windows]
-        return UnitTokens(unit, tokens, owners, rejected, seconds=time.perf_counter() - started)
+        return read_unit(unit, self.reader, self.tokenizer, self.job.context)
 
     def forward(self, tokens: UnitTokens) -> UnitScores:
         """Score a unit's windows, and some of their tokens again as the check of a later job will."""
@@ -127,7 +117,7 @@ class Worker:
         with writing(self.layout.shard(unit.name)):
             shard = self._put_shard(unit, windows)
         with writing(self.layout.quarantine(unit.name)):
-            quarantine = self._put_quarantine(unit, rejected)
+            quarantine = put_quarantine(self.layout, unit, rejected)
         losses = _flat_losses(windows)
         receipt = Receipt(
             unit=unit.name,
@@ -190,18 +180,36 @@ class Worker:
         self.layout.store.put(self.layout.name(self.layout.UNITS, unit.name), content)
         return content
 
-    def _put_quarantine(self, unit: Unit, rejected: list[Rejected]) -> str | None:
-        name = self.layout.name(self.layout.QUARANTINE, unit.name)
-        if not rejected:
-            self.layout.store.delete(name)
-            return None
-        lines = [json.dumps({"doc_id": item.id, "row": item.row, "reason": item.reason}) for item in rejected]
-        content = ("\n".join(lines) + "\n").encode()
-        self.layout.store.put(name, content)
-        return hashlib.sha256(content).hexdigest()
-
     def _device_name(self) -> str:
         return torch.cuda.get_device_name() if self.job.score.gpus_per_worker else platform.processor() or "cpu"
+
+
+def read_unit(unit: Unit, reader: Reader, tokenizer: Any, context: Context) -> UnitTokens:
+    """Read and tokenise a unit. Raises ShardError if its input is broken."""
+    started = time.perf_counter()
+    rows = list(reader.read(unit.url, unit.first, unit.end, unit.mark))
+    documents = [row for row in rows if isinstance(row, Document)]
+    rejected = [row for row in rows if isinstance(row, Rejected)]
+    pieces = encode_in_batches(tokenizer, [document.text for document in documents], context)
+    owners: list[Owner] = []
+    for document, windows in zip(documents, pieces, strict=True):
+        owners += [Owner(document.row, document.id, index) for index in range(len(windows))]
+        if not windows:
+            rejected.append(Rejected(document.row, document.id, "no tokens"))
+    tokens = [window for windows in pieces for window in windows]
+    return UnitTokens(unit, tokens, owners, rejected, seconds=time.perf_counter() - started)
+
+
+def put_quarantine(layout: Layout, unit: Unit, rejected: Sequence[Rejected]) -> str | None:
+    """Store the rows of a unit that give no window; returns the file's SHA-256, None if there are none and so no file."""
+    name = layout.name(layout.QUARANTINE, unit.name)
+    if not rejected:
+        layout.store.delete(name)
+        return None
+    lines = [json.dumps({"doc_id": item.id, "row": item.row, "reason": item.reason}) for item in rejected]
+    content = ("\n".join(lines) + "\n").encode()
+    layout.store.put(name, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _storable_windows(found: UnitScores) -> tuple[list[Window], list[Rejected]]:

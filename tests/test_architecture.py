@@ -75,10 +75,12 @@ def test_the_readmes_layout_names_every_folder() -> None:
         "CONTRIBUTING.md",
         "docs/architecture.md",
         "docs/cluster.md",
+        "docs/experiments.md",
         "docs/families.md",
         "docs/object-stores.md",
         "docs/scale.md",
         "docs/storage.md",
+        "docs/training-on-a-cluster.md",
     ],
 )
 def test_every_file_that_a_page_names_exists_and_so_does_every_name_it_gives_to_code(page: str) -> None:

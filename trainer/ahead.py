@@ -9,9 +9,8 @@ import numpy as np
 
 from schemas.errors import UserError
 from schemas.shard import Window
-from trainer.data import Source, Stretch
+from trainer.data import READERS, Source, Stretch
 
-READERS = 4
 Place = tuple[int, int]  # a window's epoch and key
 Found = dict[Place, Window]
 
@@ -36,19 +35,19 @@ class Ahead:
         """`columns`: what is needed beside the tokens."""
         self.source, self.columns = source, frozenset(columns) & source.columns
         self.ends = np.cumsum(source.group_sizes)
-        self.wanted: dict[int, list[Place]] = defaultdict(list)
+        self.wanted: dict[tuple[int, int], list[Place]] = defaultdict(list)  # of an epoch's row group
         self.coming: dict[Place, Future[Found]] = {}
         self.readers = ThreadPoolExecutor(READERS, "windows")
 
     def want(self, windows: Stretch) -> None:
         """Say that these will be asked for."""
-        for group, place in self._places(windows):
-            self.wanted[group].append(place)
+        for which, place in self._places(windows):
+            self.wanted[which].append(place)
 
     def ask(self, windows: Stretch) -> None:
         """Begin to read what is wanted of these windows' row groups."""
-        for group in dict.fromkeys(group for group, _ in self._places(windows)):
-            if places := self.wanted.pop(group, None):
+        for epoch, group in dict.fromkeys(which for which, _ in self._places(windows)):
+            if places := self.wanted.pop((epoch, group), None):
                 self.coming |= dict.fromkeys(places, self.readers.submit(self._read, group, places))
 
     def take(self, windows: Stretch) -> list[Placed]:
@@ -60,10 +59,10 @@ class Ahead:
         """Leave no thread behind."""
         self.readers.shutdown(cancel_futures=True)
 
-    def _places(self, windows: Stretch) -> Iterator[tuple[int, Place]]:
-        """The row group and the place of each window."""
-        groups = np.searchsorted(self.ends, windows.keys, side="right")
-        return zip(groups.tolist(), zip(windows.epochs.tolist(), windows.keys.tolist(), strict=True), strict=True)
+    def _places(self, windows: Stretch) -> Iterator[tuple[tuple[int, int], Place]]:
+        """The epoch's row group, and the place, of each window."""
+        groups, epochs = np.searchsorted(self.ends, windows.keys, side="right").tolist(), windows.epochs.tolist()
+        return zip(zip(epochs, groups, strict=True), zip(epochs, windows.keys.tolist(), strict=True), strict=True)
 
     def _read(self, group: int, places: Sequence[Place]) -> Found:
         first = int(self.ends[group] - self.source.group_sizes[group])

@@ -6,11 +6,13 @@ position in the order is found without reading anything. State is one integer: w
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from schemas.errors import UserError
 from schemas.fingerprint import difference
@@ -18,10 +20,11 @@ from schemas.place import Place, each
 from schemas.receipt import Layout, Receipt, read_complete, read_dataset, read_receipts
 from schemas.seal import digest
 from schemas.shard import SCORE_AGAIN, Window, open_shard, read_group, read_lengths, shard_metadata
-from schemas.window import token_hashes
 from trainer.cache import Cache
 from trainer.lengths import indexed
 from trainer.ranks import ALONE, Ranks
+
+READERS = 4  # threads of a rank
 
 
 class Source(Protocol):
@@ -58,6 +61,9 @@ class ScoreShards:
         """
         self.root, self.cache, layout = root, cache or Cache(), Layout(root)
         self.dataset: dict[str, Any] = read_dataset(layout)
+        scorer = self.dataset["scorer"]
+        stored = {"ref_loss": scorer.get("engine", "") is not None, "ref_entropy": bool(scorer.get("entropy"))}
+        self.columns = frozenset(name for name, there in stored.items() if there)  # none beside tokens never scored
         receipts = read_receipts(layout)
         if not receipts:
             raise UserError(f"{root}: no receipts, so no verified scores", "run `make score`")
@@ -68,8 +74,6 @@ class ScoreShards:
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
         self.tokens = sum(receipt.tokens for receipt in receipts.values())
         self._lengths: np.ndarray | None = None
-        entropy = bool(self.dataset["scorer"].get("entropy"))
-        self.columns = frozenset({"ref_loss", "ref_entropy"} if entropy else {"ref_loss"})
 
     def _groups(self, path: Place, receipt: Receipt) -> list["Group"]:
         try:
@@ -80,7 +84,7 @@ class ScoreShards:
             raise UserError(
                 f"{path}: missing or not the {receipt.bytes} bytes of its receipt", "see `tokensift verify`"
             )
-        file = open_shard(self.cache.open(path))
+        file = self._open(path)
         metadata = shard_metadata(path, file)
         changed = difference(self.dataset, metadata.fingerprint)
         if changed:
@@ -112,17 +116,21 @@ class ScoreShards:
         shards = [list(groups) for _, groups in groupby(self.groups[first:end], key=lambda group: group.path)]
 
         def read(groups: list[Group]) -> np.ndarray:
-            file = open_shard(self.cache.open(groups[0].path))
+            file = self._open(groups[0].path)
             return np.concatenate([read_lengths(group.path, file, group.index) for group in groups])
 
-        return each(self.root, read, shards)
+        with ThreadPoolExecutor(READERS) as readers:
+            yield from readers.map(read, shards)
 
     def read(
         self, group: int, rows: Sequence[int] | None = None, columns: Collection[str] | None = None
     ) -> list[Window]:
         """The windows of one row group, or these `rows` of it, token hashes checked. Raises UserError naming the shard."""
         wanted = self.groups[group]
-        return read_group(wanted.path, open_shard(self.cache.open(wanted.path)), wanted.index, rows, columns)
+        return read_group(wanted.path, self._open(wanted.path), wanted.index, rows, columns)
+
+    def _open(self, path: Place) -> pq.ParquetFile:
+        return open_shard(self.cache.open(path), losses="ref_loss" in self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,35 +164,6 @@ def check_whole(layout: Layout, found: set[str], partial: bool) -> None:
             f"{layout.root}: {len(extra)} units are not part of the dataset that was scored, first {min(extra)}",
             "remove them, or run `make score` if shards were added",
         )
-
-
-class MemoryWindows:
-    """Windows held in memory, without scores: what plain training of a base or a reference reads."""
-
-    columns: frozenset[str] = frozenset()
-
-    def __init__(self, windows: list[np.ndarray], group: int = 1024):
-        """Take windows of token ids; `group` of them are shuffled as one."""
-        self.windows, self.group = windows, group
-        self.group_sizes = np.array(
-            [len(windows[i : i + group]) for i in range(0, len(windows), group)], dtype=np.int64
-        )
-        self.lengths = np.array([len(window) for window in windows], dtype=np.int32)
-        self.tokens = int(self.lengths.sum())
-        self.fingerprint = digest([int(value) for value in token_hashes(windows)])
-
-    def index(self, ranks: Ranks) -> None:
-        """Nothing: the lengths are known."""
-
-    def read(
-        self, group: int, rows: Sequence[int] | None = None, columns: Collection[str] | None = None
-    ) -> list[Window]:
-        """The windows of one group, or these `rows` of it."""
-        start = group * self.group
-        return [
-            Window(doc_id=f"#{start + i}", index=0, tokens=self.windows[start + i], ref_loss=None)
-            for i in (range(int(self.group_sizes[group])) if rows is None else rows)
-        ]
 
 
 @dataclass(frozen=True, slots=True)

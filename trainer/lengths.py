@@ -33,10 +33,10 @@ def indexed(
     stores them all, if the place can be written to.
     """
     windows = int(group_sizes.sum())
-    stored = _stored(root, fingerprint, windows)
-    lacking = ranks.greatest(int(stored is None))
-    if stored is not None and not lacking:
-        return stored
+    found = stored(root, fingerprint, windows)
+    lacking = ranks.greatest(int(found is None))
+    if found is not None and not lacking:
+        return found
     edges = [len(group_sizes) * rank // ranks.world for rank in range(ranks.world + 1)]
     own = np.concatenate([np.empty(0, np.int32), *lengths_of(edges[ranks.rank], edges[ranks.rank + 1])])
     sizes = [int(group_sizes[start:end].sum()) for start, end in zip(edges, edges[1:], strict=False)]
@@ -45,13 +45,19 @@ def indexed(
     every = ranks.gather(padded.to(ranks.device)).cpu().numpy()
     lengths = np.concatenate([part[:size] for part, size in zip(every, sizes, strict=True)])
     if ranks.first:
-        content = lengths.astype("<u4").tobytes()
-        with suppress(OSError, UserError):  # a place that is only read: it is read off the shards each time
-            open_store(root).put(NAME, _digest(fingerprint, content) + content)
+        with suppress(OSError, UserError):  # a place that is only read: they are read off the shards each time
+            write(root, fingerprint, lengths)
     return lengths
 
 
-def _stored(root: Place, fingerprint: str, windows: int) -> np.ndarray | None:
+def write(root: Place, fingerprint: str, lengths: np.ndarray) -> None:
+    """Store the lengths of the dataset of this fingerprint beside it."""
+    content = lengths.astype("<u4").tobytes()
+    open_store(root).put(NAME, _digest(fingerprint, content) + content)
+
+
+def stored(root: Place, fingerprint: str, windows: int) -> np.ndarray | None:
+    """What is stored, int32 [windows]; None if it is damaged, or of another dataset."""
     try:
         content = (root / NAME).read_bytes()
     except OSError:

@@ -126,7 +126,7 @@ def _train(run: Run, final: Path) -> Path:
             evaluate(run, live, log, state)
         save(saver, log, state)
     if run.ranks.first:
-        export(checkpoint.folder_of(folder, state.step), final)
+        export(checkpoint.folder_of(folder, state.step), final, state)
     run.ranks.wait()
     return final
 
@@ -225,7 +225,7 @@ def optimize(
     norm: Any = torch.nn.utils.clip_grad_norm_(live.parameters(), config.clip)
     row = stats.means(ranks, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if row.pop("broken") or not math.isfinite(row["grad_norm"]):
-        raise UserError(
+        raise Diverged(
             f"{config.output}: loss or gradient is not finite at step {state.step + 1}; its worst windows: "
             + spelled(worst(micros, losses, ranks)),
             "lower train.learning_rate, or leave windows out (train.skip); the last checkpoint is untouched",
@@ -351,6 +351,10 @@ def evaluate(run: Run, live: Live, log: Log | None, state: State) -> None:
     live.model.train(run.config.dropout)
     if log:
         log.write("eval", state.step, {"tokens_seen": state.tokens_seen, **found})
+
+
+class Diverged(UserError):
+    """The loss or its gradient is not finite."""
 
 
 class Stopped(SystemExit):

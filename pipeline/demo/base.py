@@ -1,12 +1,14 @@
 """The demo's own part: a base model from nothing, then the same verbs that everyone else calls."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.train import run_training, tokens_of
+from pipeline.tokens import tokenised
+from pipeline.train import TOKENS, run_training
 from schemas.config import Config, Corpus, Train
 from schemas.errors import UserError
 from schemas.models import open_tokenizer
@@ -48,7 +50,8 @@ def make_base(config: Config) -> Path:
         checkpoint_every=10_000,
     )
     tokenizer = open_tokenizer(start, "base")
-    return run_training("train base", config, settings, start, tokens_of(pages, tokenizer, config.context), tokenizer)
+    tokens = partial(tokenised, pages, tokenizer, config.context, output / TOKENS)
+    return run_training("train base", config, settings, start, tokens, tokenizer)
 
 
 def model_shape(window: int) -> LlamaConfig:

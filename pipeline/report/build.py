@@ -56,7 +56,7 @@ def build_report(config: Config, results_folder: Path | None = None) -> Path:
         )
     cost = read_cost(config)
     windows = judge_documents(config) if "slm" in arms and arms["slm"].finished else []
-    moves = [found for name in ARMS if (found := read_moves(config.train.output / name))]
+    moves = [read_moves(path.parent) for path in sorted(config.train.output.glob("*/dynamics.json"))]
     questions = [
         Question("Does it pay?", [*(tuned_sections(results) if results else []), *arm_sections(config, arms)]),
         Question("When?", [*band_sections(results), *curve_sections(arms)]),
@@ -182,7 +182,7 @@ def selected_sections(
     lines = selection_chart(arms)
     caption = "Loss in training, nats/token, averaged over neighbouring steps: what the selection trains on and what it leaves."
     kept = [Section("Kept and dropped tokens", caption, lines)] if lines else []
-    selecting = [found for found in moves if found.arm == "slm"]
+    selecting = [found for found in moves if found.arm not in ("clm", "random")]
     times = [section for found in selecting for section in selection_sections(found)]
     return [*kept, *times, documents_section(windows, config.train.keep)]
 

@@ -26,10 +26,8 @@ class Moves:
     windows: list[list[dict[str, Any]]]
 
 
-def read_moves(folder: Path) -> Moves | None:
-    """What lies in a run's folder, None if there is nothing. Raises UserError if it cannot be read."""
-    if not (folder / "dynamics.json").exists():
-        return None
+def read_moves(folder: Path) -> Moves:
+    """What lies in a run's folder. Raises UserError if it cannot be read."""
     try:
         figures = json.loads((folder / "dynamics.json").read_text(encoding="utf-8"))
         rows = pq.read_table(folder / "dynamics.parquet").slice(0, 20 * SHOWN_TOKENS).to_pylist()

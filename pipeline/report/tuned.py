@@ -76,8 +76,8 @@ def read_results(folder: Path) -> Results | None:
 def tuned_headline(results: Results) -> str:
     """The tuned comparison in a few sentences."""
     base, best = results.arm(results.baseline), results.best
-    if best is None:
-        return f"No arm of {results.name} that selects by excess loss has been judged yet."
+    if best is None or best["difference"]["mean"] is None:
+        return f"No arm of {results.name} that selects by excess loss has been judged beside {results.baseline} yet."
     gain = best["difference"]
     sentences = [
         f"Each arm at its own best learning rate, chosen on validation text: {best['arm']} ends"
@@ -115,11 +115,11 @@ def _runs(count: int) -> str:
 
 
 def _factor(value: float, what: str) -> str:
-    return (
-        f"{value:.1f}× fewer {what}".replace("fewer compute", "less compute")
-        if value >= 1
-        else (f"{1 / value:.1f}× more {what}")
-    )
+    """A ratio above one as `1.4× fewer tokens`, one below as `1.4× more`, one that rounds to one as it is."""
+    factor, less = max(value, 1 / value), "less" if what == "compute" else "fewer"
+    if f"{factor:.1f}" == "1.0":
+        return f"about as {'much' if what == 'compute' else 'many'} {what}"
+    return f"{factor:.1f}× {less if value > 1 else 'more'} {what}"
 
 
 def tuned_sections(results: Results) -> list[Section]:

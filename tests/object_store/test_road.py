@@ -227,7 +227,7 @@ def test_jobs_killed_on_the_way_lose_nothing_and_two_at_once_are_one(
 def test_the_demos_road_with_corpus_and_scores_in_a_bucket_gives_the_weights_of_a_folders(
     root: Url, proxy: Proxy, tmp_path: Path
 ) -> None:
-    """A twentieth of the demo's text: every verb as a real process, on real Ray, through faults."""
+    """A tenth of the demo's text: every verb as a real process, on real Ray, through faults."""
     raw = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     for train in (raw["train"], raw["reference"]["train"]):
         train |= {"evaluate_every": 0, "epochs": 0.4}
@@ -242,7 +242,7 @@ def test_the_demos_road_with_corpus_and_scores_in_a_bucket_gives_the_weights_of_
         ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
         assert ended.returncode == 0, (verb, ended.stdout + ended.stderr)
 
-    tokensift("data", arguments=("--scale", "0.05"))
+    tokensift("data", arguments=("--scale", "0.1"))
     tokensift("base")
     tokensift("reference")
     demo, scores = tmp_path / "runs" / "demo", root / "scores"

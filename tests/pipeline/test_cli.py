@@ -95,13 +95,13 @@ def excess_is_zero_under_the_reference(config: Config, folder: Path) -> None:
 
 @pytest.mark.timeout(3600)
 def test_the_demo_goes_the_whole_road_and_a_second_call_does_nothing_again(tmp_path: Path) -> None:
-    """A twentieth of the text, one evaluation more than none: every verb on real processes and real Ray."""
+    """A tenth of the text, one evaluation more than none: every verb on real processes and real Ray."""
     raw = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     raw["eval"] |= {"new_tokens": 16}
     raw["train"] |= {"evaluate_every": 0, "epochs": 0.4}
     raw["reference"]["train"] |= {"epochs": 0.4}
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(raw))
-    arguments = ("demo", "-c", "demo.yaml", "--scale", "0.05")
+    arguments = ("demo", "-c", "demo.yaml", "--scale", "0.1")
     first = tokensift(*arguments, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     demo = tmp_path / "runs" / "demo"

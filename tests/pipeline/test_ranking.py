@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cli import main
+from pipeline.heldout import Continuations
 from pipeline.ranking import Ranking, preferred, standard_errors
 from schemas.config import Config
 from schemas.errors import UserError
@@ -79,6 +80,22 @@ def test_the_counts_are_those_of_a_plain_forward_of_one_sequence_after_another(
     assert found["acc_stderr"] == pytest.approx(np.std(by_sum) / math.sqrt(40))
     assert found["acc_norm_stderr"] == pytest.approx(np.std(by_mean) / math.sqrt(40))
     assert found["chance"] == pytest.approx(sum(1 / len(row["choices"]) for row in rows) / 40)
+
+
+@pytest.mark.parametrize(("bos", "prompt"), [(True, "Let"), (True, ""), (False, "Let"), (False, "")])
+def test_losses_are_of_every_token_of_the_text_that_something_stands_before(
+    scores: Config, tiny_model: Path, bos: bool, prompt: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = Continuations([(prompt, " 12 odd numbers")], tokenizer, scores.context.model_copy(update={"bos": bos}), 100)
+    (found,) = texts.losses(Live(Opened(module=model, linear=True, isolation="packed", compute=torch.float32))).values()
+    before = [0] * bos + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = before + tokenizer(" 12 odd numbers", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        likely = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(1)
+    wanted = [-float(likely[place - 1, ids[place]]) for place in range(max(1, len(before)), len(ids))]
+    assert found == pytest.approx(wanted, abs=1e-5) and texts.texts() == [ids[max(1, len(before)) :]]
 
 
 @given(

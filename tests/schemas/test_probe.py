@@ -1,11 +1,13 @@
 """Law 13: the probe notices a model that sees later tokens or other windows, and says how windows are kept apart."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from schemas import attention
@@ -230,6 +232,32 @@ def test_attention_that_does_not_keep_to_its_boundaries_is_taken_off_again_and_p
     model = llama()
     assert prove(model, torch.float32, 32, "base").isolation == "packed"
     assert model.config._attn_implementation == "sdpa"
+
+
+def in_narrow_dtype(wrong: Any) -> Any:
+    """Attention that is right in float32 and `wrong` in any other dtype, as a kernel of its own may be."""
+    right = attention._opaque
+    return lambda query, *others: (right if query.dtype == torch.float32 else wrong)(query, *others)
+
+
+def sees_all_of_its_window(query: Any, key: Any, value: Any, bounds: torch.Tensor, *_: Any) -> torch.Tensor:
+    own = [slice(start, end) for start, end in pairwise(bounds.tolist())]
+    pieces = [[tensor[window].transpose(0, 1) for tensor in (query, key, value)] for window in own]
+    return torch.cat([scaled_dot_product_attention(*piece).transpose(0, 1) for piece in pieces])
+
+
+def of_another_scale(query: Any, key: Any, value: Any, bounds: Any, scale: Any, sliding_window: Any) -> Any:
+    return attention._window_by_window(query, key, value, bounds, 0.0, 2 * scale, sliding_window)
+
+
+@pytest.mark.parametrize("wrong", [ignore_bounds, sees_all_of_its_window, of_another_scale])
+def test_law_13_attention_is_proven_in_the_dtype_that_runs_where_float32_takes_another_path(
+    wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prove(llama(torch.bfloat16), torch.bfloat16, 32, "base").isolation == "varlen"
+    monkeypatch.setattr(attention, "_opaque", in_narrow_dtype(wrong))
+    assert prove(llama(), torch.float32, 32, "base").isolation == "varlen"
+    assert prove(llama(torch.bfloat16), torch.bfloat16, 32, "base").isolation == "packed"
 
 
 def test_a_refusal_says_how_far_off_each_way_was() -> None:

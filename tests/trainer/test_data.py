@@ -1,14 +1,13 @@
 """Law 12 and the gate of stage 2: a score dataset is whole, of one setting, and every shard is its receipt's."""
 
 import shutil
-from dataclasses import asdict
 
 import pytest
 
 from schemas.errors import UserError
 from schemas.receipt import Layout
 from tests.helpers import edit_sealed
-from trainer.data import MemoryWindows, ScoreShards
+from trainer.data import ScoreShards
 
 PARTIAL = {"finished only": False, "partial": True}
 
@@ -116,15 +115,3 @@ def test_the_fingerprint_knows_every_shard_and_setting(dataset):
     assert ScoreShards(layout.root).fingerprint == before
     edit_sealed(layout.receipt(units[0]), sha256="0" * 64)
     assert ScoreShards(layout.root).fingerprint != before
-
-
-def test_the_fingerprint_of_windows_in_memory_knows_every_token_and_their_order():
-    import numpy as np
-
-    windows = [np.arange(5), np.arange(9), np.arange(3)]
-    before = MemoryWindows(windows).fingerprint
-    assert MemoryWindows([window.copy() for window in windows]).fingerprint == before
-    assert MemoryWindows(windows[::-1]).fingerprint != before
-    windows[1] = windows[1] + (np.arange(9) == 4)
-    assert MemoryWindows(windows).fingerprint != before
-    assert asdict(MemoryWindows(windows).read(0)[0])["ref_loss"] is None

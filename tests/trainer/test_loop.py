@@ -11,7 +11,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,8 +22,9 @@ from schemas.errors import UserError
 from schemas.models import open_model
 from tests.helpers import PATIENCE_SECONDS
 from tests.trainer.conftest import read_rows
+from tests.trainer.made import made
 from tests.trainer.spawned import on_ranks
-from trainer.data import MemoryWindows, ScoreShards
+from trainer.data import ScoreShards
 from trainer.live import Live
 from trainer.loop import Run, geometry_of, train
 from trainer.ranks import Ranks
@@ -228,7 +228,7 @@ def test_a_column_that_the_scores_lack_is_refused_before_anything_is_made(
 
 def test_text_without_scores_trains_every_token_or_is_refused(scores, tmp_path):
     run = run_of(scores, 1, objective="slm", output=tmp_path)
-    bare = replace(run, source=MemoryWindows([np.arange(2, 60)]))
+    bare = replace(run, source=made([58], columns=()))
     with pytest.raises(
         UserError, match="slm needs the column `ref_loss`, which these data do not have; train on scores"
     ):

@@ -64,6 +64,7 @@ TWO_RANKS = {
     "llama-untied step": {"objective": "slm", "scope": "step", "micro_rows": 2},
     "gemma-tied both": {"objective": "self-ref-both", "scope": "micro", "micro_rows": 2},
     "llama-untied ref-loss": {"objective": "self-ref-loss", "scope": "sequence", "micro_rows": 2},
+    "llama-tied compiled": {"objective": "slm", "scope": "sequence", "micro_rows": 2, "compile": True},
 }
 FOUR_RANKS = {
     "gemma-tied step": {"objective": "slm", "scope": "step", "micro_rows": 1},

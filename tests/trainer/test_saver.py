@@ -69,6 +69,13 @@ def test_checkpoints_that_are_kept_for_good_stay_beside_the_newest(scores, tmp_p
     assert len(kept) > 3 and checkpoint.newest(tmp_path / "checkpoints").name == f"step-{steps:07d}"
 
 
+def test_the_final_model_is_made_without_hashing_again_what_was_hashed_as_it_was_written(scores, tmp_path, monkeypatch):
+    hashed, real = [], checkpoint.hash_file
+    monkeypatch.setattr(checkpoint, "hash_file", lambda path: hashed.append(path.name) or real(path))
+    go(scores, tmp_path)
+    assert hashed and not any(name.endswith(".safetensors") for name in hashed)
+
+
 @pytest.fixture(scope="module")
 def three(scores, tmp_path_factory):
     """Two runs of three ranks, `none` and `full` by their `recompute`, and their settings."""

@@ -115,8 +115,18 @@ def test_a_rank_reads_its_own_windows_alone_and_each_row_group_once_an_epoch(sou
     while next(stream).position < 2 * total:
         pass
     assert sum(count for _, count in source.reads) < own < 0.4 * 3 * total
-    assert all(count <= 3 for count in Counter(group for group, _ in source.reads).values())
     stream.close()
+
+
+def test_a_row_group_is_read_once_an_epoch_also_where_the_next_epoch_begins_with_it():
+    source = made([20] * 60)
+    stream = steps(Order(source, 0, 10), Geometry(1, 24, 1), 0)
+    while next(stream).position < 3 * 60:
+        pass
+    stream.close()
+    reads = Counter(group for group, _ in source.reads)
+    assert set(reads) == set(range(20)) and max(reads.values()) <= 5  # two blocks ahead are an epoch
+    assert {sum(n for g, n in source.reads if g == group) % 3 for group in range(20)} == {0}  # whole each time
 
 
 def test_a_window_that_is_not_as_long_as_the_index_says_is_refused(source):

@@ -114,7 +114,7 @@ def test_no_13_words_of_a_heldout_item_stand_in_training_text_at_full_scale(tmp_
     assert shared_runs(tmp_path / "data", made) == []
     held = rows_below((tmp_path / "data", made), "heldout")
     assert (
-        len(held) == 680
+        len(held) == 480
         and sum("Problem:" in row["text"] for row in rows_below((tmp_path / "data", made), "corpus")) > 300
     )
 
@@ -144,7 +144,7 @@ def test_test_validation_and_training_share_no_template_and_no_problem(made: tup
     problems = read(made[0] / "heldout/problems.jsonl")
     assert problems and all(float(row["answer"]) is not None for row in problems)
     ranked = read(made[0] / "heldout/choices.jsonl")
-    assert len(ranked) == 20 and all(len(row["choices"]) == 4 for row in ranked)
+    assert len(ranked) == 10 and all(len(row["choices"]) == 4 for row in ranked)
     assert {row["template"] for row in problems + ranked} <= set(made[1]["heldout"]["test"]["gsm_templates"])
     assert not {row["prompt"] for row in problems} & {row["prompt"] for row in read(made[0] / "heldout/target.jsonl")}
 

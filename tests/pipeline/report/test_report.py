@@ -18,6 +18,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from pipeline.dynamics import dynamics
 from pipeline.report.arms import (
     Arm,
     Cost,
@@ -243,6 +244,20 @@ def test_pictures_are_well_formed_and_load_nothing(experiment: Config, name: str
     root = ElementTree.parse(build_report(experiment).with_name(name)).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert not {key for element in root.iter() for key in element.attrib if "href" in key or key.startswith("on")}
+
+
+def test_the_dynamics_of_any_run_and_the_models_accuracy_are_on_the_page(experiment: Config, scores: Config) -> None:
+    run = experiment.train.output / "followed"
+    whole = experiment.model_copy(
+        update={"score": scores.score}
+    )  # the fixture's own shard is not what its receipt says
+    dynamics(whole, [experiment.base] * 3, False, 100, run)
+    rows = [{"model": "runs/x/slm/final", "target_loss": 4.2, "acc": 0.3, "acc_stderr": 0.03, "acc_norm": 0.2,
+             "acc_norm_stderr": 0.02, "chance": 0.25, "ranked": 200}]  # fmt: skip
+    (experiment.train.output / "evaluation.json").write_text(json.dumps(rows))
+    text = build_report(experiment).read_text()
+    for part in ("losses move: followed", "Which tokens are learnt?", "at the start</h4>", "30.0% ± 3.0%", "gives 25%"):
+        assert part in text
 
 
 @pytest.mark.parametrize("arm", ["clm", "random", "slm"])

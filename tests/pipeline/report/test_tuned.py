@@ -72,6 +72,8 @@ def test_the_first_line_is_the_tuned_comparison_with_its_spread_and_its_compute(
     assert "3 replicates" in text and "1.4× fewer tokens, both decayed fully" in text
     assert "2.0× more compute for one run" in text and "1.2× less compute where three runs share them" in text
     assert "end of what was tried" not in text
+    results.arm("slm-0.3")["fewer_tokens_decayed"] = spread([0.996])
+    assert "with about as many tokens, both" in tuned_headline(results)
 
 
 def test_a_best_rate_at_the_edge_and_a_curve_that_was_not_decayed_are_said(tmp_path: Path) -> None:
@@ -80,6 +82,14 @@ def test_a_best_rate_at_the_edge_and_a_curve_that_was_not_decayed_are_said(tmp_p
     text = tuned_headline(results)
     assert "best rate of clm lies at the end of what was tried" in text
     assert "1.6× fewer tokens, its rate not yet decayed there" in text and "compute" not in text
+
+
+def test_an_experiment_that_has_not_judged_an_arm_beside_its_baseline_says_so(tmp_path: Path) -> None:
+    results = read_results(write_experiment(tmp_path / "demo"))
+    assert results
+    for arm in results.arms:
+        arm["difference"] = {"mean": None, "sd": None, "n": 0, "of": 0}
+    assert "has been judged beside clm yet" in tuned_headline(results)
 
 
 def test_differences_are_of_pairs_and_only_of_chosen_runs(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The shipped experiments: `tokensift experiment NAME` finds them by name, from any folder."""

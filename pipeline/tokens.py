@@ -1,0 +1,128 @@
+"""A corpus as a dataset without scores: what a base or a reference is trained on, tokenised once and kept on disk.
+
+It has the shape of a score dataset, so order, resume and reading are the same code; `ref_loss` is the column it lacks.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from pipeline.progress import bar
+from schemas.config import Context, Corpus
+from schemas.disk import writing
+from schemas.errors import UserError
+from schemas.fingerprint import SCHEMA_VERSION, tokenizer_fingerprint
+from schemas.lock import locked
+from schemas.receipt import BINS, Layout, Receipt, write_complete, write_dataset, write_receipt
+from schemas.seal import digest
+from schemas.shard import WRITING, Window, encode_shard, shard_schema
+from score_jobs.corpus import Reader
+from score_jobs.inputs import ShardError
+from score_jobs.plan import Unit, plan
+from score_jobs.worker import UnitTokens, put_quarantine, read_unit
+from trainer.data import ScoreShards
+from trainer.ranks import Ranks
+
+UNIT_BYTES = 8_000_000  # of input as stored: what a kill costs, and what ranks share out
+
+
+def tokenised(corpus: Corpus, tokenizer: Any, context: Context, folder: Path, ranks: Ranks) -> ScoreShards:
+    """The tokens of a corpus, from below `folder`; what is not there yet is made, each rank its share of the units.
+
+    The dataset is named after corpus, tokenizer and context: if one of them changes it is made anew beside the old one.
+    Raises UserError naming a shard that cannot be read, or if no document can be used.
+    """
+    fingerprint = _fingerprint(corpus, tokenizer, context)
+    with locked(folder, "run that tokenises") if ranks.first else nullcontext():
+        units = ranks.share(_units(corpus, fingerprint, folder) if ranks.first else [])
+        layout = Layout(folder / digest([fingerprint, [unit.name for unit in units]]))
+        if ranks.first:
+            layout.make()
+            layout.sweep()
+            write_dataset(layout, fingerprint)
+        ranks.wait()
+        own = units[ranks.rank :: ranks.world]
+        missing = [unit for unit in own if not layout.receipt(unit.name).exists()]
+        with bar("tokenise", show=ranks.first) if missing else nullcontext() as shown:
+            for done, found in enumerate(_read(missing, corpus, tokenizer, context)):
+                _commit(found, layout, fingerprint)
+                if shown:
+                    shown.update((done + 1) / len(missing), f"{done + 1:,}/{len(missing):,} units")
+        ranks.wait()
+        if ranks.first:
+            write_complete(layout, [unit.name for unit in units])
+        ranks.wait()
+    source = ScoreShards(layout.root)
+    if not source.tokens:
+        raise UserError(
+            f"corpus: {corpus.paths or corpus.dataset}: no usable document", f"look at column `{corpus.text}`"
+        )
+    return source
+
+
+def _fingerprint(corpus: Corpus, tokenizer: Any, context: Context) -> dict[str, Any]:
+    """As a score dataset's, without a model; corpus bytes name the units."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "model": {},
+        "corpus": {"text": corpus.text, "id": corpus.id, "max_chars": corpus.max_chars},
+        "context": context.model_dump(),
+        "scorer": {"engine": None, "unit_bytes": UNIT_BYTES, "writing": WRITING},
+    }
+
+
+def _units(corpus: Corpus, fingerprint: dict[str, Any], folder: Path) -> list[Unit]:
+    planned = plan(corpus, fingerprint, UNIT_BYTES, folder / Layout.INVENTORY, lambda done, total: None)
+    if planned.broken:
+        raise UserError(planned.broken[0], "mend it, or leave it out of the corpus")
+    return planned.units
+
+
+def _read(units: list[Unit], corpus: Corpus, tokenizer: Any, context: Context) -> Iterator[UnitTokens]:
+    reader = Reader(corpus)
+    try:
+        for unit in units:
+            yield read_unit(unit, reader, tokenizer, context)
+    except ShardError as error:
+        raise UserError(str(error)) from error
+    finally:
+        reader.close()
+
+
+def _commit(found: UnitTokens, layout: Layout, fingerprint: dict[str, Any]) -> None:
+    """Shard first, receipt last."""
+    unit, rejected = found.unit, sorted(found.rejected, key=lambda item: item.row)
+    windows = [
+        Window(doc_id=owner.id, row=owner.row, index=owner.index, tokens=tokens, ref_loss=None)
+        for owner, tokens in zip(found.owners, found.windows, strict=True)
+    ]
+    schema = shard_schema(fingerprint["tokenizer"]["size"], entropy=False, losses=False)
+    content = encode_shard(windows, schema, {"fingerprint": fingerprint, "unit": unit.name})
+    with writing(layout.root):
+        layout.store.put(layout.name(layout.UNITS, unit.name), content)
+        quarantine = put_quarantine(layout, unit, rejected)
+        write_receipt(
+            layout,
+            Receipt(
+                unit=unit.name,
+                shard=unit.url.rsplit("/", 1)[-1],
+                first_document=unit.first,
+                end_document=unit.end,
+                input_hash=unit.input_hash,
+                bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                windows=len(windows),
+                tokens=sum(len(window.tokens) for window in windows),
+                documents=unit.end - unit.first - len(rejected),
+                quarantined=len(rejected),
+                quarantine_sha256=quarantine,
+                loss_sum=0.0,
+                loss_count=0,
+                loss_histogram=[0] * BINS,
+                engine={},
+                seconds={"read": round(found.seconds, 3)},
+            ),
+        )

@@ -14,7 +14,7 @@ from tests.helpers import PATIENCE_SECONDS
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = ROOT / "configs" / "slurm" / "train.sbatch"
 STAND_INS = {
-    "srun": 'echo "srun $*" >> "$LOG"; trap "exit 1" TERM; echo $$ > "$LOG.pid"; sleep "$LASTS" > /dev/null 2>&1 & wait; exit "$ENDS"',
+    "srun": 'echo "srun $*" >> "$LOG"; trap "kill \\$!; exit 1" TERM; echo $$ > "$LOG.pid"; sleep "$LASTS" > /dev/null 2>&1 & wait; exit "$ENDS"',
     "scontrol": 'case $1 in show) printf "first\\nsecond\\n";; *) echo "scontrol $*" >> "$LOG";; esac',
     "scancel": 'echo "scancel $*" >> "$LOG"; kill "$(cat "$LOG.pid")"',
 }

@@ -1,12 +1,12 @@
 """The runs of one experiment as their metrics tell them: curves, speed-ups and what was paid before they began."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from pipeline.experiment.cost import SCORE, TRAIN, first_reach
 from pipeline.report.chart import Point, short
 from pipeline.report.page import table
 from schemas.config import Config
@@ -15,8 +15,6 @@ from trainer.metrics import read_metrics
 
 ARMS = {"clm": "CLM, every token", "random": "random tokens", "slm": "SLM, by excess loss"}
 SHORT = {"clm": "CLM", "random": "random", "slm": "SLM"}
-TRAIN_COST = 3  # forwards: one forward, and a backward that costs two
-SCORE_COST = 1
 BINS = 80
 
 
@@ -44,24 +42,7 @@ class Cost:
     @property
     def forwards(self) -> int:
         """Forward-token equivalents."""
-        return TRAIN_COST * (self.reference or 0) + SCORE_COST * self.scored
-
-
-def speed_up(curve: Sequence[Point], target: float) -> float | None:
-    """Tokens at which a curve of (tokens, loss) first comes down to `target`, linear between its points.
-
-    None if it never does. The speed-up is one curve's value divided by another's.
-    """
-    before: Point | None = None
-    for tokens, loss in curve:
-        if loss <= target:
-            if before is None:
-                return float(tokens)
-            share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (tokens - before[0])
-        if not math.isnan(loss):
-            before = (tokens, loss)
-    return None
+        return TRAIN * (self.reference or 0) + SCORE * self.scored
 
 
 def read_arms(output: Path) -> dict[str, Arm]:
@@ -88,14 +69,14 @@ def read_cost(config: Config) -> Cost:
 def compute_curve(name: str, arm: Arm, cost: Cost) -> list[Point]:
     """The arm's curve against forward-token equivalents; only SLM pays for the reference and the scores."""
     offset = cost.forwards if name == "slm" else 0
-    return [(offset + TRAIN_COST * tokens, loss) for tokens, loss in arm.curve]
+    return [(offset + TRAIN * tokens, loss) for tokens, loss in arm.curve]
 
 
 def ratio(arms: dict[str, Arm], name: str) -> float | None:
     """Tokens that CLM needs to its own final loss over those that the arm needs to it."""
     if not {"clm", name} <= arms.keys():
         return None
-    clm, other = (speed_up(arms[key].curve, arms["clm"].final) for key in ("clm", name))
+    clm, other = (first_reach(arms[key].curve, arms["clm"].final) for key in ("clm", name))
     return clm / other if clm and other else None
 
 
@@ -103,7 +84,7 @@ def headline(arms: dict[str, Arm]) -> str:
     """What the experiment found, in a sentence or two."""
     if "clm" not in arms or not arms["clm"].curve:
         return "No CLM arm with a held-out target loss, so nothing to compare selection with."
-    if not speed_up(arms["clm"].curve, arms["clm"].final):
+    if not first_reach(arms["clm"].curve, arms["clm"].final):
         return "CLM did not end below the base model's held-out target loss, so no speed-up can be stated."
     unfinished = [SHORT[name] for name, arm in arms.items() if not arm.finished]
     sentences = [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
@@ -116,7 +97,7 @@ def headline(arms: dict[str, Arm]) -> str:
 
 
 def _reached(who: str, goal: str, arms: dict[str, Arm], name: str) -> str:
-    tokens, faster = speed_up(arms[name].curve, arms["clm"].final), ratio(arms, name)
+    tokens, faster = first_reach(arms[name].curve, arms["clm"].final), ratio(arms, name)
     if tokens is None or faster is None:
         return f"{who} did not reach {goal} and ended at {arms[name].final:.3f}."
     return f"{who} reached {goal} after {short(tokens)} tokens, {times(faster)}."
@@ -151,7 +132,7 @@ def arms_table(arms: dict[str, Arm]) -> str:
     rows = []
     for name, arm in arms.items():
         last = arm.train[-1] if arm.train else {"tokens_seen": 0, "tokens_selected": 0}
-        needed = speed_up(arm.curve, arms["clm"].final) if "clm" in arms else None
+        needed = first_reach(arm.curve, arms["clm"].final) if "clm" in arms else None
         faster = ratio(arms, name)
         rate = median(row["tokens_per_second"] for row in arm.train) if arm.train else math.nan
         label = ARMS[name] + ("" if arm.finished else " (not finished)")
@@ -164,18 +145,18 @@ def arms_table(arms: dict[str, Arm]) -> str:
 def compute_caption(arms: dict[str, Arm], cost: Cost) -> str:
     """What is counted, and whether selection pays when it is."""
     counted = (
-        f"Unit: one forward over one token. Training costs {TRAIN_COST} a token (a backward is two forwards)."
+        f"Unit: one forward over one token. Training costs {TRAIN} a token (a backward is two forwards)."
         f" SLM's line starts at {short(cost.forwards)}: "
     )
-    scoring = f"scoring the corpus, {SCORE_COST} × {short(cost.scored)} tokens"
+    scoring = f"scoring the corpus, {SCORE} × {short(cost.scored)} tokens"
     if cost.reference is None:
         counted += f"{scoring}; the reference was not trained here, so its training is not counted."
     else:
-        counted += f"training the reference, {TRAIN_COST} × {short(cost.reference)} tokens, and {scoring}."
+        counted += f"training the reference, {TRAIN} × {short(cost.reference)} tokens, and {scoring}."
     if "slm" not in arms or "clm" not in arms:
         return counted
-    clm = speed_up(compute_curve("clm", arms["clm"], cost), arms["clm"].final)
-    slm = speed_up(compute_curve("slm", arms["slm"], cost), arms["clm"].final)
+    clm = first_reach(compute_curve("clm", arms["clm"], cost), arms["clm"].final)
+    slm = first_reach(compute_curve("slm", arms["slm"], cost), arms["clm"].final)
     if not clm or not slm:
         return f"{counted} There is no compute speed-up to state."
     verdict = f" Counted so, SLM came to CLM's final loss with {times(clm / slm, 'more compute', 'less compute')}"

@@ -8,11 +8,10 @@ from statistics import fmean, pvariance
 from typing import Any
 
 from pipeline.evaluate import FIGURES
+from pipeline.experiment.cost import SCORE, TRAIN
 from pipeline.report.arms import (
     ARMS,
-    SCORE_COST,
     SHORT,
-    TRAIN_COST,
     Arm,
     Cost,
     arms_caption,
@@ -159,8 +158,8 @@ def bill_sections(arms: dict[str, Arm], cost: Cost) -> list[Section]:
     """What a run costs by parts, alone and where several share the scores."""
     if "slm" not in arms or not arms["slm"].train:
         return []
-    live = TRAIN_COST * arms["slm"].train[-1]["tokens_seen"]
-    reference, scoring = TRAIN_COST * (cost.reference or 0), SCORE_COST * cost.scored
+    live = TRAIN * arms["slm"].train[-1]["tokens_seen"]
+    reference, scoring = TRAIN * (cost.reference or 0), SCORE * cost.scored
     rows = [("", ("CLM of that length", "-", "-", short(live), short(live), "1.00×"))]
     for runs, name in ((1, "SLM, one run"), (3, "SLM, each of three runs"), (10, "SLM, each of ten runs")):
         total = live + (reference + scoring) / runs

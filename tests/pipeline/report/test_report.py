@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pipeline.dynamics import dynamics
+from pipeline.experiment.cost import first_reach
 from pipeline.report.arms import (
     Arm,
     Cost,
@@ -28,7 +29,6 @@ from pipeline.report.arms import (
     ratio,
     read_cost,
     smooth,
-    speed_up,
 )
 from pipeline.report.build import build_report, contrast, origin
 from pipeline.report.chart import short, ticks
@@ -129,7 +129,7 @@ def test_a_curve_is_above_the_target_until_it_first_reaches_it(
     losses: list[float], gaps: list[int], target: float
 ) -> None:
     tokens = [float(sum(gaps[:index])) for index in range(len(losses))]
-    found = speed_up(list(zip(tokens, losses, strict=True)), target)
+    found = first_reach(list(zip(tokens, losses, strict=True)), target)
     if found is None:
         assert min(losses) > target
         return
@@ -142,7 +142,7 @@ def test_a_curve_is_above_the_target_until_it_first_reaches_it(
 @given(slope=st.floats(1e-6, 1e-3), share=st.floats(0, 1))
 def test_on_a_straight_line_the_crossing_is_exact(slope: float, share: float) -> None:
     curve = [(x, 5.0 - slope * x) for x in (0.0, 300.0, 500.0, 1000.0)]
-    found = speed_up(curve, 5.0 - slope * 1000 * share)
+    found = first_reach(curve, 5.0 - slope * 1000 * share)
     assert found is not None and found == pytest.approx(1000 * share, rel=1e-3, abs=1e-2)
 
 
@@ -154,10 +154,10 @@ def test_a_curve_that_runs_k_times_faster_has_speed_up_k(factor: float) -> None:
     assert ratio({"clm": arm(1), "slm": arm(factor)}, "slm") == pytest.approx(factor)
 
 
-def test_what_never_reaches_the_target_has_no_speed_up() -> None:
-    assert speed_up([(0, 3.0), (10, 2.5)], 2.0) is None
-    assert speed_up([], 2.0) is None
-    assert speed_up([(0, math.nan), (10, 1.0)], 2.0) == 10
+def test_what_never_reaches_the_target_has_no_first_reach() -> None:
+    assert first_reach([(0, 3.0), (10, 2.5)], 2.0) is None
+    assert first_reach([], 2.0) is None
+    assert first_reach([(0, math.nan), (10, 1.0)], 2.0) == 10
 
 
 def test_the_headline_says_who_reached_clm_and_who_did_not() -> None:

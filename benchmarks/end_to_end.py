@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.overlap import overlapped, planned
 from benchmarks.peer import one_window
-from schemas.batch import collate, renumbered
 from schemas.config import Config, Corpus
 from schemas.forward import forward
 from schemas.models import open_tokenizer
@@ -146,8 +145,8 @@ class Ours:
 
         def work() -> None:
             with torch.inference_mode():
-                for rows in engine.model.batches(list(map(len, self.windows)), engine.window, engine.batch_tokens):
-                    forward(engine.model, collate([self.windows[i] for row in rows for i in row], renumbered(rows)))
+                for _, batch in engine.model.collated(self.windows, engine.window, engine.batch_tokens):
+                    forward(engine.model, batch)
 
         self.worker.compute(work)
         return sum(map(len, self.windows))

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.peer import one_window
 from schemas.attention import varlen_attn
-from schemas.batch import Batch, collate, renumbered
+from schemas.batch import Batch
 from schemas.forward import Opened, forward
 from schemas.loss import batch_losses, token_losses
 from schemas.matmul import matmul_peak
@@ -261,9 +261,8 @@ def laid_out(
     model: Opened, windows: list[np.ndarray], setting: Setting, batch_tokens: int | None = None
 ) -> Iterator[Batch]:
     """The engine's own batches."""
-    lengths = [len(ids) for ids in windows]
-    for rows in model.batches(lengths, setting.window, batch_tokens or setting.batch_tokens):
-        yield collate([windows[index] for row in rows for index in row], renumbered(rows))
+    for _, batch in model.collated(windows, setting.window, batch_tokens or setting.batch_tokens):
+        yield batch
 
 
 @torch.inference_mode()

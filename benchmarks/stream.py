@@ -23,8 +23,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from schemas.receipt import BINS, Layout, Receipt, write_complete, write_dataset, write_receipt
+from schemas.receipt import Layout, write_complete, write_dataset, write_receipt
 from schemas.shard import Window, encode_shard, shard_schema
+from score_jobs.plan import Unit
+from score_jobs.worker import receipt_of
 from trainer.data import ScoreShards
 from trainer.lengths import NAME, stored, write
 from trainer.ranks import ALONE, Ranks
@@ -92,25 +94,7 @@ def make(folder: Path, kind: str) -> Path:
         windows = [made(rng, length) for length in draw_lengths(rng, KINDS[kind], UNIT_WINDOWS)]
         content = encode_shard(windows, shard_schema(VOCABULARY, False), {"fingerprint": fingerprint, "unit": unit})
         layout.store.put(layout.name(layout.UNITS, unit), content)
-        receipt = Receipt(
-            unit=unit,
-            shard=unit,
-            first_document=0,
-            end_document=1,
-            input_hash=unit,
-            bytes=len(content),
-            sha256="0" * 64,
-            windows=len(windows),
-            tokens=sum(len(window.tokens) for window in windows),
-            documents=1,
-            quarantined=0,
-            quarantine_sha256=None,
-            loss_sum=0.0,
-            loss_count=0,
-            loss_histogram=[0] * BINS,
-            engine={},
-            seconds={},
-        )
+        receipt = receipt_of(Unit(unit, unit, unit, 0, 1, 0), content, windows, [], None, engine={}, seconds={})
         write_receipt(layout, receipt)
     write_complete(layout, layout.committed())
     return root

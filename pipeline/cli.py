@@ -33,7 +33,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override a field, e.g. --set train.keep=0.7 (YAML value).")
 ]
 ScaleOption = Annotated[float, typer.Option(min=0.01, max=1, help="Share of the demo's text; 0.05 is a smoke run.")]
-DEMO = Path("demo")
+DEMO, EXPERIMENTS = Path("demo"), Path("configs", "experiments")
 ARMS = ("clm", "random", "slm")
 
 
@@ -68,18 +68,11 @@ def read_place(text: str) -> Place:
         raise UserError(first_line(error), "give a path, or the URL of an object store") from error
 
 
-def find_config(path: Path) -> Path:
-    """The file itself, or the shipped config of that name."""
-    shipped = Path(__file__).resolve().parents[1] / "configs" / f"{path.stem}.yaml"
-    by_name = path in (Path(path.stem), Path("configs", shipped.name))
-    return shipped if by_name and not path.is_file() and shipped.exists() else path
-
-
-def find_experiment(path: Path) -> Path:
-    """The file itself, or the shipped experiment of that name."""
-    shipped = Path(__file__).resolve().parents[1] / "configs" / "experiments" / f"{path.stem}.yaml"
-    by_name = path in (Path(path.stem), Path("configs", "experiments", shipped.name))
-    return shipped if by_name and not path.is_file() and shipped.exists() else path
+def find_config(path: Path, folder: Path = Path("configs")) -> Path:
+    """The file itself, or the shipped one of that name: a config, or what else lies in `folder`."""
+    here = folder / f"{path.stem}.yaml"
+    shipped = Path(__file__).resolve().parents[1] / here
+    return shipped if path in (Path(path.stem), here) and not path.is_file() and shipped.exists() else path
 
 
 def show_version(wanted: bool) -> None:
@@ -247,7 +240,7 @@ def experiment(
     """Arms, each at its own best setting by validation loss, over replicates: tables of losses and cost. Resumes."""
     from pipeline.experiment.plan import load_experiment, only
 
-    loaded = load_experiment(find_experiment(file))
+    loaded = load_experiment(find_config(file, EXPERIMENTS))
     base = find_config(Path(loaded.config))
     chosen = only(loaded, [name.strip() for name in arms.split(",")]) if arms else loaded
     from pipeline.experiment.show import print_plan, print_summary

@@ -22,7 +22,6 @@ from pipeline.inspect import spell
 from pipeline.progress import bar, console
 from pipeline.train import prepared
 from pipeline.trend import CATEGORIES, PAPER, agreement, categories, changes, means_by
-from schemas.batch import collate, renumbered
 from schemas.config import Config
 from schemas.errors import UserError, printable
 from schemas.loss import batch_losses
@@ -155,10 +154,9 @@ def window_losses(config: Config, folder: Path, windows: Sequence[Window]) -> li
     with as_model(folder) as model:
         opened = open_model(model, "model", config.context.window, device=device)
     found: dict[int, np.ndarray] = {}
-    lengths = [len(window.tokens) for window in windows]
-    for rows in opened.batches(lengths, config.context.window, config.eval.batch_tokens):
-        members = [index for row in rows for index in row]
-        batch = collate([windows[index].tokens for index in members], renumbered(rows)).to(device)
+    tokens = [window.tokens for window in windows]
+    for members, batch in opened.collated(tokens, config.context.window, config.eval.batch_tokens):
+        batch = batch.to(device)
         found |= dict(zip(members, batch.gather(batch_losses(opened, batch).loss), strict=True))
     return [found[index] for index in range(len(windows))]
 

@@ -123,12 +123,8 @@ def print_figures(rows: list[dict[str, Any]]) -> None:
     """The figures of models as a table."""
     table = Table("model", "nats/token", "bits/byte", "exact match", "acc", "acc_norm")
     for row in rows:
-        match = f"{row['exact_match']:.1%} of {row['problems']}" if "exact_match" in row else "-"
-        ranked = [
-            f"{row[name]:.1%} ± {row[f'{name}_stderr']:.1%}" if name in row else "-" for name in ("acc", "acc_norm")
-        ]
         table.add_row(row["model"], f"{row.get('target_loss', float('nan')):.3f}",
-                      f"{row.get('target_bits_per_byte', float('nan')):.3f}", match, *ranked)  # fmt: skip
+                      f"{row.get('target_bits_per_byte', float('nan')):.3f}", *on_problems(row))  # fmt: skip
     console.print(table)
     if any("acc" in row for row in rows):
         row = next(row for row in rows if "acc" in row)
@@ -136,6 +132,13 @@ def print_figures(rows: list[dict[str, Any]]) -> None:
             f"acc: the right answer is likelier than its distractors; acc_norm: by the mean of a token. {row['ranked']}"
             f" problems, ± one standard error; guessing gives {row['chance']:.1%}"
         )
+
+
+def on_problems(row: dict[str, Any]) -> list[str]:
+    """What a model did with problems, in words: exact match, then accuracy of ranking by sum and by mean."""
+    match = f"{row['exact_match']:.1%} of {row['problems']}" if "exact_match" in row else "-"
+    kinds = ("acc", "acc_norm")
+    return [match, *(f"{row[kind]:.1%} ± {row[f'{kind}_stderr']:.1%}" if kind in row else "-" for kind in kinds)]
 
 
 def evaluate_model(config: Config, folder: Path) -> dict[str, float]:

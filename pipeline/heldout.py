@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas.batch import IGNORE, collate, renumbered
+from schemas.batch import IGNORE
 from schemas.config import Context
 from schemas.errors import UserError, first_line
 from trainer.live import Live, choose_none
@@ -45,12 +45,10 @@ class Continuations:
     def losses(self, live: Live) -> dict[int, np.ndarray]:
         """Float32 nats of the tokens of each text, given the prompt and the text before them."""
         device = next(live.parameters()).device
-        numbers = list(self.windows)
-        lengths = [len(window) for window in self.windows.values()]
+        numbers, windows = list(self.windows), list(self.windows.values())
         found: dict[int, np.ndarray] = {}
-        for rows in live.opened.batches(lengths, self.window, self.batch_tokens):
-            members = [numbers[index] for row in rows for index in row]
-            batch = collate([self.windows[number] for number in members], renumbered(rows))
+        for indices, batch in live.opened.collated(windows, self.window, self.batch_tokens):
+            members = [numbers[index] for index in indices]
             for number, place in zip(members, batch.places, strict=True):
                 batch.targets[place.row, place.start : place.start + self.starts[number] - 1] = IGNORE
             judged = batch.gather(live(batch.to(device), choose_none).losses)

@@ -3,7 +3,6 @@
 It has the shape of a score dataset, so order, resume and reading are the same code; `ref_loss` is the column it lacks.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,15 +12,15 @@ from pipeline.progress import bar
 from schemas.config import Context, Corpus
 from schemas.disk import writing
 from schemas.errors import UserError
-from schemas.fingerprint import SCHEMA_VERSION, tokenizer_fingerprint
+from schemas.fingerprint import fingerprint_of
 from schemas.lock import locked
-from schemas.receipt import BINS, Layout, Receipt, write_complete, write_dataset, write_receipt
+from schemas.receipt import Layout, write_complete, write_dataset, write_receipt
 from schemas.seal import digest
 from schemas.shard import WRITING, Window, encode_shard, shard_schema
 from score_jobs.corpus import Reader
 from score_jobs.inputs import ShardError
 from score_jobs.plan import Unit, plan
-from score_jobs.worker import UnitTokens, put_quarantine, read_unit
+from score_jobs.worker import UnitTokens, put_quarantine, read_unit, receipt_of
 from trainer.data import ScoreShards
 from trainer.ranks import Ranks
 
@@ -64,14 +63,8 @@ def tokenised(corpus: Corpus, tokenizer: Any, context: Context, folder: Path, ra
 
 def _fingerprint(corpus: Corpus, tokenizer: Any, context: Context) -> dict[str, Any]:
     """As a score dataset's, without a model; corpus bytes name the units."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": {},
-        "corpus": {"text": corpus.text, "id": corpus.id, "max_chars": corpus.max_chars},
-        "context": context.model_dump(),
-        "scorer": {"engine": None, "unit_bytes": UNIT_BYTES, "writing": WRITING},
-    }
+    scorer = {"engine": None, "unit_bytes": UNIT_BYTES, "writing": WRITING}
+    return fingerprint_of(tokenizer, {}, corpus, context, scorer)
 
 
 def _units(corpus: Corpus, fingerprint: dict[str, Any], folder: Path) -> list[Unit]:
@@ -104,25 +97,5 @@ def _commit(found: UnitTokens, layout: Layout, fingerprint: dict[str, Any]) -> N
     with writing(layout.root):
         layout.store.put(layout.name(layout.UNITS, unit.name), content)
         quarantine = put_quarantine(layout, unit, rejected)
-        write_receipt(
-            layout,
-            Receipt(
-                unit=unit.name,
-                shard=unit.url.rsplit("/", 1)[-1],
-                first_document=unit.first,
-                end_document=unit.end,
-                input_hash=unit.input_hash,
-                bytes=len(content),
-                sha256=hashlib.sha256(content).hexdigest(),
-                windows=len(windows),
-                tokens=sum(len(window.tokens) for window in windows),
-                documents=unit.end - unit.first - len(rejected),
-                quarantined=len(rejected),
-                quarantine_sha256=quarantine,
-                loss_sum=0.0,
-                loss_count=0,
-                loss_histogram=[0] * BINS,
-                engine={},
-                seconds={"read": round(found.seconds, 3)},
-            ),
-        )
+        seconds = {"read": round(found.seconds, 3)}
+        write_receipt(layout, receipt_of(unit, content, windows, rejected, quarantine, engine={}, seconds=seconds))

@@ -133,11 +133,8 @@ def _window_by_window(
     pieces: list[torch.Tensor] = []
     for start, end in pairwise(bounds.tolist()):
         own = [tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value)]
-        band = (
-            _band(end - start, sliding_window, query.device)
-            if sliding_window and end - start > sliding_window
-            else None
-        )
+        length, narrow = end - start, _narrower(sliding_window, end - start)
+        band = _band(length, length, narrow, query.device) if narrow else None
         found = scaled_dot_product_attention(
             *own,
             attn_mask=band,
@@ -171,12 +168,13 @@ def _in_blocks(
     keys, values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
     factor = query.shape[2] ** -0.5 if scale is None else scale
     for start, end in pairwise(bounds.tolist()):
+        narrow = _narrower(sliding_window, end - start)
         for first in range(start, end, BLOCK_TOKENS):
             last = min(first + BLOCK_TOKENS, end)
-            begin = max(start, first - sliding_window + 1) if sliding_window else start
+            begin = max(start, first - narrow + 1) if narrow else start
             # Without a sliding window only a block's own columns hold later tokens.
-            columns = last - begin if sliding_window else last - first
-            hidden = ~_band(columns, sliding_window or columns, query.device)[first - last :, None]
+            columns = last - begin if narrow else last - first
+            hidden = ~_band(last - first, columns, narrow or columns, query.device)[:, None]
             for head in range(len(keys)):
                 heads = slice(head * shared, (head + 1) * shared)
                 scores = project(query[first:last, heads].flatten(0, 1), keys[head, begin:last]).mul_(factor)
@@ -207,10 +205,15 @@ def _(query: torch.Tensor, _key: Any, value: torch.Tensor, *_: Any) -> torch.Ten
     return query.new_empty(*query.shape[:2], value.shape[2])
 
 
-def _band(length: int, sliding_window: int, device: torch.device) -> torch.Tensor:
-    """Bool [length, length]: each token sees itself and the `sliding_window` - 1 before it."""
+def _narrower(sliding_window: int | None, length: int) -> int | None:
+    """The sliding window, if a window of `length` tokens notices it."""
+    return sliding_window if sliding_window and length > sliding_window else None
+
+
+def _band(rows: int, length: int, sliding_window: int, device: torch.device) -> torch.Tensor:
+    """Bool [rows, length], of the last of `length` tokens: each sees itself and the `sliding_window` - 1 before it."""
     places = torch.arange(length, device=device)
-    behind = places[:, None] - places[None, :]
+    behind = places[-rows:, None] - places[None, :]
     return (behind >= 0) & (behind < sliding_window)
 
 

@@ -47,31 +47,36 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
 
 def dataset_fingerprint(tokenizer: Any, model: Path, corpus: Corpus, context: Context, score: Score) -> dict[str, Any]:
     """Everything that decides the bytes of a score shard, except the corpus bytes, which name the units."""
+    device = "cuda" if score.gpus_per_worker else "cpu"
+    by_onednn = score.engine == "hf" and product.by_onednn(getattr(torch, score.dtype), device)
+    scorer = {
+        "engine": {"hf": ENGINE, "vllm": "vllm"}[score.engine],
+        "dtype": score.dtype,
+        "device": device,
+        "batch_tokens": score.batch_tokens,
+        "threads": score.cpus_per_worker,
+        "unit_bytes": score.unit_bytes,
+        "entropy": score.entropy,
+        **({"product": product.NAME} if by_onednn else {}),
+        **({"compile": True} if score.compile else {}),
+        "writing": WRITING,
+        **arithmetic(score.engine, score.python),
+    }
+    return fingerprint_of(tokenizer, model_fingerprint(model), corpus, context, scorer)
+
+
+def fingerprint_of(
+    tokenizer: Any, model: dict[str, str], corpus: Corpus, context: Context, scorer: dict[str, Any]
+) -> dict[str, Any]:
+    """The parts of a dataset's fingerprint; `model` and `scorer` as their makers describe them."""
     return {
         "schema_version": SCHEMA_VERSION,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": model_fingerprint(model),
+        "model": model,
         "corpus": {"text": corpus.text, "id": corpus.id, "max_chars": corpus.max_chars},
         "context": context.model_dump(),
-        "scorer": {
-            "engine": {"hf": ENGINE, "vllm": "vllm"}[score.engine],
-            "dtype": score.dtype,
-            "device": "cuda" if score.gpus_per_worker else "cpu",
-            "batch_tokens": score.batch_tokens,
-            "threads": score.cpus_per_worker,
-            "unit_bytes": score.unit_bytes,
-            "entropy": score.entropy,
-            **({"product": product.NAME} if _by_onednn(score) else {}),
-            **({"compile": True} if score.compile else {}),
-            "writing": WRITING,
-            **arithmetic(score.engine, score.python),
-        },
+        "scorer": scorer,
     }
-
-
-def _by_onednn(score: Score) -> bool:
-    device = "cuda" if score.gpus_per_worker else "cpu"
-    return score.engine == "hf" and product.by_onednn(getattr(torch, score.dtype), device)
 
 
 def arithmetic(engine: str, python: Path | None = None) -> dict[str, str]:

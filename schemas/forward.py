@@ -1,15 +1,16 @@
 """The forward: an opened model, and the one function that runs it. Attention, dtype and positions are decided here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from schemas.attention import bounded
-from schemas.batch import Batch, batches, best_fit, one_a_row
+from schemas.batch import Batch, batches, best_fit, collate, one_a_row, renumbered
 
 ENGINE = "hf-blocks"  # named anew when the forward's arithmetic changes: scores of two kinds are not mixed
 Isolation = Literal["varlen", "packed", "alone"]
@@ -44,6 +45,14 @@ class Opened:
         # Rows of one window share batches, for those need no mask.
         rows = sorted(self.rows(lengths, row_tokens), key=lambda row: len(row) > 1)
         return batches(rows, lengths, batch_tokens)
+
+    def collated(
+        self, windows: Sequence[np.ndarray], window: int, batch_tokens: int
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """`batches` of windows of token ids, with the numbers of their windows in the rows' order."""
+        for rows in self.batches(list(map(len, windows)), window, batch_tokens):
+            members = [index for row in rows for index in row]
+            yield members, collate([windows[index] for index in members], renumbered(rows))
 
 
 def forward(model: Opened, batch: Batch) -> torch.Tensor:

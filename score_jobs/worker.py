@@ -118,23 +118,12 @@ class Worker:
             shard = self._put_shard(unit, windows)
         with writing(self.layout.quarantine(unit.name)):
             quarantine = put_quarantine(self.layout, unit, rejected)
-        losses = _flat_losses(windows)
-        receipt = Receipt(
-            unit=unit.name,
-            shard=unit.url.rsplit("/", 1)[-1],
-            first_document=unit.first,
-            end_document=unit.end,
-            input_hash=unit.input_hash,
-            bytes=len(shard),
-            sha256=hashlib.sha256(shard).hexdigest(),
-            windows=len(windows),
-            tokens=sum(len(window.tokens) for window in windows),
-            documents=unit.end - unit.first - len(rejected),
-            quarantined=len(rejected),
-            quarantine_sha256=quarantine,
-            loss_sum=float(losses.sum()),
-            loss_count=len(losses),
-            loss_histogram=np.histogram(losses, [*HISTOGRAM_EDGES_NATS, np.inf])[0].tolist(),
+        receipt = receipt_of(
+            unit,
+            shard,
+            windows,
+            rejected,
+            quarantine,
             engine={**self.engine.describe(), "host": platform.node(), "device": self._device_name()},
             seconds={
                 "read": round(found.tokens.seconds, 3),
@@ -210,6 +199,31 @@ def put_quarantine(layout: Layout, unit: Unit, rejected: Sequence[Rejected]) -> 
     content = ("\n".join(lines) + "\n").encode()
     layout.store.put(name, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def receipt_of(
+    unit: Unit, shard: bytes, windows: list[Window], rejected: list[Rejected], quarantine: str | None, **more: Any
+) -> Receipt:
+    """The receipt of a unit whose `shard` holds `windows`, with losses or without; `more`: what only its maker knows."""
+    losses = _flat_losses(windows)
+    return Receipt(
+        unit=unit.name,
+        shard=unit.url.rsplit("/", 1)[-1],
+        first_document=unit.first,
+        end_document=unit.end,
+        input_hash=unit.input_hash,
+        bytes=len(shard),
+        sha256=hashlib.sha256(shard).hexdigest(),
+        windows=len(windows),
+        tokens=sum(len(window.tokens) for window in windows),
+        documents=unit.end - unit.first - len(rejected),
+        quarantined=len(rejected),
+        quarantine_sha256=quarantine,
+        loss_sum=float(losses.sum()),
+        loss_count=len(losses),
+        loss_histogram=np.histogram(losses, [*HISTOGRAM_EDGES_NATS, np.inf])[0].tolist(),
+        **more,
+    )
 
 
 def _storable_windows(found: UnitScores) -> tuple[list[Window], list[Rejected]]:

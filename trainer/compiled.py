@@ -1,16 +1,12 @@
 """`train.compile`: decoder layers compiled one by one, and held to the model as it was proven before they run a step."""
 
-from contextlib import AbstractContextManager
-from typing import Any
-
 import numpy as np
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.functional import pad
 
 from schemas.batch import Batch, collate
-from schemas.errors import UserError, first_line
-from schemas.forward import decoder_layers
+from schemas.compiling import compile_layers, compiling, uncompiled
+from schemas.errors import UserError
 from schemas.probe import TOLERANCE_NATS
 from trainer.live import Live, choose_none
 from trainer.ranks import Ranks
@@ -19,16 +15,10 @@ from trainer.stream import Geometry
 ROUNDED_NATS = 0.05  # mean difference of bfloat16 losses: 0.003 to 0.01 at 135M, where kernels round at other places
 
 
-def compile_layers(live: Live) -> None:
-    """Have each decoder layer compiled for the one shape that a run's micro-batches have. Call it before sharding."""
+def compile_live(live: Live) -> None:
+    """Have the layers compiled for the one shape that a run's micro-batches have. Call it before sharding."""
     live.compiled = True
-    for layer in decoder_layers(live.model):
-        layer.compile(dynamic=False)
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """While it is entered, compiled layers run as they are written: for batches of other shapes."""
-    return torch.compiler.set_stance("force_eager")
+    compile_layers(live.model)
 
 
 def prove_compiled(live: Live, geometry: Geometry, window: int, ranks: Ranks, dropout: bool = False) -> None:
@@ -45,10 +35,8 @@ def prove_compiled(live: Live, geometry: Geometry, window: int, ranks: Ranks, dr
     one, other = (_batch(*shape, change).to(ranks.device) for change in (0, 1))
     with uncompiled(), torch.no_grad():
         wanted = live(one, choose_none).losses
-    try:
+    with compiling("train.compile"):
         found, changed = (live(batch, choose_none).losses for batch in (one, other))
-    except TorchDynamoException as error:
-        raise UserError(f"train.compile: {first_line(error)}", "set it to false, or install a compiler") from error
     live.model.train(dropout)
     apart = float(pad((found - changed)[:, length:].abs().nan_to_num().flatten(), (0, 1)).max())
     difference = (found - wanted).abs()

@@ -44,7 +44,8 @@ class KeptLoss(torch.autograd.Function):
         """hidden [n, d], weight [vocab, d], targets [n]; `choose` maps losses [n] to a mask [n] of kept rows.
 
         count: how many it keeps; the backward asks the device, and waits for it, if that is not known. compute: dtype of
-        the products; gradients are of the dtypes given, so that a float32 weight's is not rounded on the way. Returns (sum of kept losses in nats, losses float32 [n] with NaN where unpredicted, mask).
+        the products; gradients are of the dtypes given, so that a float32 weight's is not rounded on the way.
+        Returns (sum of kept losses in nats, losses float32 [n] with NaN where unpredicted, mask).
         """
         ctx.dtypes, compute = (hidden.dtype, weight.dtype), compute or hidden.dtype
         hidden, weight = hidden.to(compute), weight.to(compute)

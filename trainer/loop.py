@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from schemas.batch import IGNORE
+from schemas.compiling import uncompiled
 from schemas.config import Context, Train
 from schemas.errors import UserError
 from schemas.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -22,7 +23,7 @@ from schemas.models import open_model
 from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.choice import choice, chosen_ahead, require_columns
-from trainer.compiled import compile_layers, prove_compiled, uncompiled
+from trainer.compiled import compile_live, prove_compiled
 from trainer.data import Source
 from trainer.export import export
 from trainer.live import Live, parallelize, recompute
@@ -254,7 +255,7 @@ def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
         recompute(opened.module, run.config.recompute)
     live = Live(opened)
     if run.config.compile:
-        compile_layers(live)
+        compile_live(live)
     live = parallelize(live, run.ranks.mesh(run.config.shard_ranks))
     optimizer = adamw(live.parameters(), run.config)
     if saved:

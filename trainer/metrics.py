@@ -118,6 +118,12 @@ class Log:
             board.close()
 
 
+def curve(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(tokens seen, loss in nats) of a run's evaluations, from its rows; those without this figure are left out."""
+    evals = [row for row in rows if row["kind"] == "eval" and name in row]
+    return [(float(row["tokens_seen"]), float(row[name])) for row in evals]
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; a torn last line is left out."""
     rows = []

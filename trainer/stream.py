@@ -23,8 +23,6 @@ from trainer.mixture import Mixture
 CHANCE = "chance"  # the column that no data hold: draws of the random control
 PREFETCHED_STEPS = 2
 JOIN_SECONDS = 60
-
-
 MOST_AHEAD = 1 << 18  # windows that are planned ahead, however rarely a mixture comes to the end of a block
 
 

@@ -24,7 +24,7 @@ from schemas.fingerprint import difference
 from schemas.lock import locked
 from schemas.receipt import Layout
 from schemas.store import write_atomic
-from trainer.metrics import read_metrics
+from trainer.metrics import curve, read_metrics
 from trainer.ranks import PR_SET_PDEATHSIG
 
 DIVERGED, CONFIG = "diverged", "run.json"  # files in a run's folder
@@ -241,5 +241,4 @@ def is_prepared(config: Config) -> bool:
 
 def final_validation(folder: Path) -> float:
     """A run's last validation loss, nats."""
-    found = [row["validation_loss"] for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "eval"]
-    return found[-1]
+    return curve(read_metrics(folder / "metrics.jsonl"), "validation_loss")[-1][1]

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -18,7 +17,7 @@ from pipeline.experiment.cost import TRAIN, cost_of, decayed_reach, first_reach,
 from pipeline.experiment.plan import Experiment, Run, at_edge, choices_of
 from pipeline.experiment.run import Work
 from schemas.store import write_atomic
-from trainer.metrics import read_metrics
+from trainer.metrics import curve, read_metrics
 
 SHARED = (1, 3)  # runs that share reference and scores
 
@@ -64,7 +63,8 @@ def rows_of(work: Work) -> list[Row]:
     best = choices.get(work.experiment.baseline)
     for run in work.losses:
         if run == Run(work.experiment.baseline, best or (), run.seed):
-            levels[run.seed] = curve(work.config(run).train.folder, "target_loss")[-1][1]
+            rows = read_metrics(work.config(run).train.folder / "metrics.jsonl")
+            levels[run.seed] = curve(rows, "target_loss")[-1][1]
     runs = [run for run, loss in work.losses.items() if math.isfinite(loss)]
     return [row_of(work, run, choices.get(run.arm) == run.point, levels.get(run.seed)) for run in runs]
 
@@ -73,8 +73,9 @@ def row_of(work: Work, run: Run, chosen: bool, level: float | None) -> Row:
     """One run; `level`: the test loss at which the baseline of its replicate ended."""
     config = work.config(run)
     folder, train = config.train.folder, config.train
-    last = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"][-1]
-    test, validation = curve(folder, "target_loss"), curve(folder, "validation_loss")
+    rows = read_metrics(folder / "metrics.jsonl")
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    test, validation = curve(rows, "target_loss"), curve(rows, "validation_loss")
     cost = cost_of(config)
     return Row(
         arm=run.arm,
@@ -102,12 +103,6 @@ def row_of(work: Work, run: Run, chosen: bool, level: float | None) -> Row:
         flops=cost.flops,
         folder=str(folder),
     )
-
-
-def curve(folder: Path, name: str) -> list[tuple[float, float]]:
-    """(tokens seen, loss in nats) of a run's evaluations."""
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "eval" and name in row]
-    return [(float(row["tokens_seen"]), float(row[name])) for row in rows]
 
 
 def summary_of(work: Work, rows: Sequence[Row]) -> list[dict[str, Any]]:

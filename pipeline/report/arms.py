@@ -11,7 +11,7 @@ from pipeline.report.chart import Point, short
 from pipeline.report.page import table
 from schemas.config import Config
 from schemas.receipt import Layout, read_receipts
-from trainer.metrics import read_metrics
+from trainer.metrics import curve, read_metrics
 
 ARMS = {"clm": "CLM, every token", "random": "random tokens", "slm": "SLM, by excess loss"}
 SHORT = {"clm": "CLM", "random": "random", "slm": "SLM"}
@@ -50,11 +50,9 @@ def read_arms(output: Path) -> dict[str, Arm]:
     arms = {}
     for name in ARMS:
         rows = read_metrics(output / name / "metrics.jsonl")
-        evals = [row for row in rows if row["kind"] == "eval" and "target_loss" in row]
-        curve = [(float(row["tokens_seen"]), float(row["target_loss"])) for row in evals]
         if rows:
             finished = (output / name / "final" / "config.json").exists()
-            arms[name] = Arm(curve, [row for row in rows if row["kind"] == "train"], finished)
+            arms[name] = Arm(curve(rows, "target_loss"), [row for row in rows if row["kind"] == "train"], finished)
     return arms
 
 

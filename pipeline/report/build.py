@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
 
-from pipeline.evaluate import FIGURES
+from pipeline.evaluate import FIGURES, on_problems
 from pipeline.experiment.cost import SCORE, TRAIN
 from pipeline.report.arms import (
     ARMS,
@@ -102,11 +102,7 @@ def accuracy_section(path: Path) -> Section:
         place = Path(row["model"])
         name = place.parent.name if place.name == "final" else row["model"]
         loss = f"{row['target_loss']:.3f}" if "target_loss" in row else "-"
-        match = f"{row['exact_match']:.1%} of {row['problems']}" if "exact_match" in row else "-"
-        shares = [
-            f"{row[kind]:.1%} ± {row[f'{kind}_stderr']:.1%}" if kind in row else "-" for kind in ("acc", "acc_norm")
-        ]
-        cells.append((name if name in ARMS else "", (name, loss, match, *shares)))
+        cells.append((name if name in ARMS else "", (name, loss, *on_problems(row))))
     caption = "Exact match: a greedy answer that ends in the right number."
     ranked = next((row for row in rows if "acc" in row), None)
     if ranked:

@@ -1,18 +1,17 @@
 """The usual engine: a plain Hugging Face model, whole batches of windows, float32 losses, no logits kept."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch._dynamo.exc import TorchDynamoException
-from torch.compiler import set_stance
 
 from schemas import product
 from schemas.batch import Place, collate, gather, renumbered
-from schemas.errors import UserError, first_line
-from schemas.forward import ENGINE, decoder_layers
+from schemas.compiling import compile_layers, compiling, uncompiled
+from schemas.forward import ENGINE
 from schemas.loss import Losses, batch_losses
 from schemas.matmul import matmul_peak
 from schemas.models import open_model
@@ -37,8 +36,7 @@ class PackedEngine:
         # Compiled for one shape: what the first batch happened to be may not decide how the others are computed.
         self.compiled = score.compile and self.model.isolation == "varlen"
         if self.compiled:
-            for layer in decoder_layers(self.model.module):
-                layer.compile(dynamic=False)
+            compile_layers(self.model.module)
         self.parameters = sum(parameter.numel() for parameter in self.model.module.parameters())
         self.peak = matmul_peak(self.dtype, device)
 
@@ -62,11 +60,8 @@ class PackedEngine:
         """Losses of windows that stand in these rows, in the rows' order; they may still be on their way."""
         whole = self.compiled and sum(map(len, windows)) >= WORTH_COMPILED * self.batch_tokens
         batch = collate(windows, renumbered(rows), self.batch_tokens if whole else None)
-        try:
-            with set_stance("default" if whole else "force_eager"):
-                return batch.places, batch_losses(self.model, batch.to(self.device), self.entropy)
-        except TorchDynamoException as error:
-            raise UserError(f"score.compile: {first_line(error)}", "set it to false, or install a compiler") from error
+        with compiling("score.compile"), nullcontext() if whole else uncompiled():
+            return batch.places, batch_losses(self.model, batch.to(self.device), self.entropy)
 
     def describe(self) -> dict[str, Any]:
         """What a receipt says of the engine."""

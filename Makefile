@@ -20,7 +20,7 @@ setup: .venv/ready  ## build .venv from the pinned constraints
 	.venv/bin/python -m pip install --quiet --upgrade pip
 	@# torch first and pinned: any other resolution would fetch gigabytes of CUDA on a machine without a GPU
 	.venv/bin/python -m pip install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,eval,dev]'
 	touch $@
 
 vllm: .venv-vllm/ready  ## build .venv-vllm, where workers of score.engine: vllm run  (VLLM=cpu, VLLM=gpu)

@@ -5,7 +5,6 @@ Full-token perplexity gets worse under selective training by design, so nothing 
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from pipeline.grading import final_answer, same_answer
 from pipeline.heldout import Continuations, read_rows
 from pipeline.progress import bar, console
 from pipeline.ranking import Ranking
@@ -23,7 +23,6 @@ from schemas.store import write_atomic
 from trainer.export import as_model
 from trainer.live import Live
 
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 GENERATED_TOGETHER = 32
 FIGURES = "evaluation.json"  # in train.output
 
@@ -70,7 +69,7 @@ class HeldOutLosses:
 
 @torch.no_grad()
 def exact_match(model: Any, tokenizer: Any, config: Config) -> dict[str, float]:
-    """Share of held-out problems whose greedy answer ends in the right number, and how many were asked."""
+    """Share of held-out problems whose greedy answer ends in the right value, and how many were asked."""
     problems = read_rows(config.eval.problems or Path(), "eval.problems", ("prompt", "answer"))
     head = [tokenizer.bos_token_id] if config.context.bos else []
     right = 0
@@ -85,18 +84,9 @@ def exact_match(model: Any, tokenizer: Any, config: Config) -> dict[str, float]:
         found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=config.eval.new_tokens,
                                do_sample=False, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
         texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
-        right += sum(answers(text, str(row["answer"])) for text, row in zip(texts, group, strict=True))
+        said = [final_answer(text.split("\nProblem:")[0]) for text in texts]
+        right += sum(same_answer(one, str(row["answer"])) for one, row in zip(said, group, strict=True))
     return {"exact_match": right / max(1, len(problems)), "problems": len(problems)}
-
-
-def answers(text: str, gold: str) -> bool:
-    """Whether a completion gives the gold number: the one after `####` if there is one, else its last."""
-    text = text.split("\nProblem:")[0].replace(",", "")
-    numbers = NUMBER.findall(text.split("####", 1)[1])[:1] if "####" in text else NUMBER.findall(text)[-1:]
-    try:
-        return bool(numbers) and float(numbers[0]) == float(gold.replace(",", ""))
-    except ValueError:
-        return False
 
 
 def evaluate_models(config: Config, models: list[str], show: bool = True) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.evaluate import HeldOutLosses, TargetLoss, evaluate_models, exact_match
+from pipeline.generate import HuggingFace
 from pipeline.heldout import read_rows
 from schemas.config import Config
 from schemas.errors import UserError
@@ -89,7 +90,8 @@ def test_exact_match_finds_what_greedy_decoding_says_also_for_prompts_of_other_l
     assert wanted > 0  # otherwise nothing could be found
     raw = {"problems": write_rows(tmp_path / "problems.jsonl", rows), "new_tokens": 8}
     config = scores.model_copy(update={"eval": scores.eval.model_copy(update=raw)})
-    assert exact_match(model, tokenizer, config)["exact_match"] == wanted
+    generator = HuggingFace(model, tokenizer, config.context, None, config.eval.batch_tokens)
+    assert exact_match(generator, config)["exact_match"] == wanted
 
 
 def test_a_row_that_lacks_a_field_is_named_with_its_line(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from schemas.config import Context, Corpus, Score
 from schemas.disk import writing
+from schemas.hub import known_as
 from schemas.models import open_tokenizer
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, encode_shard, open_shard, read_group, shard_schema
@@ -87,6 +88,8 @@ class Worker:
         self.job, self.layout = job, Layout(job.score.output)
         self.tokenizer = open_tokenizer(job.model, "score.model")
         self.engine = open_engine(job.model, job.context, job.score)
+        known = known_as(job.model)
+        self.model = {"model": known} if known else {}
         self.reader = Reader(job.corpus)
         self.idle_since = time.perf_counter()
 
@@ -124,7 +127,7 @@ class Worker:
             windows,
             rejected,
             quarantine,
-            engine={**self.engine.describe(), "host": platform.node(), "device": self._device_name()},
+            engine={**self.engine.describe(), **self.model, "host": platform.node(), "device": self._device_name()},
             seconds={
                 "read": round(found.tokens.seconds, 3),
                 "idle": round(found.idle, 3),

@@ -62,7 +62,11 @@ def _notes(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
     notes += [f"Shots: {shots}."] if shots else []
     if limits := sorted({row["limit"] for row in rows if row["limit"]}):
         notes.append(f"Only the first {', '.join(map(str, limits))} rows of each task: no figures to compare.")
-    notes += [f"{row['model']}: {row['cut']} prompts lost their beginning for want of positions." for row in rows if row.get("cut")]
+    notes += [
+        f"{row['model']}: {row['cut']} prompts lost their beginning for want of positions."
+        for row in rows
+        if row.get("cut")
+    ]
     for title, reason in sorted({item for row in rows for item in row.get("left_out", {}).items()}):
         notes.append(f"{title}: left out: {reason}.")
     return notes

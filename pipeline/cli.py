@@ -270,13 +270,20 @@ def eval_(
     models: Annotated[list[str] | None, typer.Argument(help="Model folders; default: all the experiment made.")] = None,
     config: ConfigOption = DEMO,
     set_: SetOption = None,
+    tool: Annotated[
+        bool, typer.Option("--tool", help="Answer problems with a Python tool too; its programs run in a sandbox.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="With --tool: times that the model may write.")] = 4,
+    backend: Annotated[str, typer.Option(help="What writes answers: hf, or vllm where that is installed.")] = "hf",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a model.")] = False,
 ) -> None:
     """Held-out target-domain loss, exact match and ranked answers on held-out problems, for any checkpoint."""
+    if backend not in ("hf", "vllm"):
+        raise UserError(f"--backend {backend}: is neither hf nor vllm", "choose one")
     loaded = read_config(config, set_)
-    from pipeline.evaluate import evaluate_models, print_figures
+    from pipeline.evaluate import Asking, evaluate_models, print_figures
 
-    rows = evaluate_models(loaded, models or [], show=not json_)
+    rows = evaluate_models(loaded, models or [], show=not json_, asking=Asking(backend, tool, rounds))
     if json_:
         sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows))
     else:

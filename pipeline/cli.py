@@ -274,13 +274,26 @@ def eval_(
         bool, typer.Option("--tool", help="Answer problems with a Python tool too; its programs run in a sandbox.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="With --tool: times that the model may write.")] = 4,
-    backend: Annotated[str, typer.Option(help="What writes answers: hf, or vllm where that is installed.")] = "hf",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a model.")] = False,
+    suite: Annotated[
+        str | None, typer.Option(help="Few-shot tasks by lm-eval instead: math9, general15 (the paper's), demo.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What writes answers: hf, or vllm in an environment that has it.")] = "hf",
+    limit: Annotated[int | None, typer.Option(min=1, help="With --suite: only so many rows of each task.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --suite: folder of data sets, <organisation>/<name>, for the hub's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="With --suite: file for the table, .json or .md.")] = None,
+    follow: Annotated[
+        Path | None, typer.Option(help="With --suite: a run's folder, whose checkpoints are evaluated as they appear.")
+    ] = None,
 ) -> None:
     """Held-out target-domain loss, exact match and ranked answers on held-out problems, for any checkpoint."""
-    if backend not in ("hf", "vllm"):
-        raise UserError(f"--backend {backend}: is neither hf nor vllm", "choose one")
     loaded = read_config(config, set_)
+    if suite is not None:
+        from pipeline.suite.run import run_suite
+
+        return run_suite(loaded, models or [], suite, backend, limit, data, json_, output, follow)
     from pipeline.evaluate import Asking, evaluate_models, print_figures
 
     rows = evaluate_models(loaded, models or [], show=not json_, asking=Asking(backend, tool, rounds))

@@ -278,7 +278,9 @@ def eval_(
     suite: Annotated[
         str | None, typer.Option(help="Few-shot tasks by lm-eval instead: math9, general15 (the paper's), demo.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="What writes answers: hf, or vllm in an environment that has it.")] = "hf",
+    backend: Annotated[
+        str, typer.Option(help="What writes answers: hf, or vllm in an environment that has it.")
+    ] = "hf",
     limit: Annotated[int | None, typer.Option(min=1, help="With --suite: only so many rows of each task.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="With --suite: folder of data sets, <organisation>/<name>, for the hub's.")

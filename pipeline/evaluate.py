@@ -5,7 +5,6 @@ Full-token perplexity gets worse under selective training by design, so nothing 
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,19 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from pipeline.generate import Generator, HuggingFace
+from pipeline.grading import final_answer, same_answer
 from pipeline.heldout import Continuations, read_rows
 from pipeline.progress import bar, console
 from pipeline.ranking import Ranking
 from schemas.config import Config, Context
 from schemas.errors import UserError
-from schemas.models import local_model, open_model, open_tokenizer
+from schemas.models import local_model, open_model, open_tokenizer, positions
 from schemas.store import write_atomic
 from trainer.export import as_model
 from trainer.live import Live
 
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-GENERATED_TOGETHER = 32
+NEXT_PROBLEM = "\nProblem:"  # base models go on to pose one
 FIGURES = "evaluation.json"  # in train.output
 
 
@@ -68,35 +68,12 @@ class HeldOutLosses:
         return {name: value for one in self.sets for name, value in one(live).items()}
 
 
-@torch.no_grad()
-def exact_match(model: Any, tokenizer: Any, config: Config) -> dict[str, float]:
-    """Share of held-out problems whose greedy answer ends in the right number, and how many were asked."""
+def exact_match(generator: Generator, config: Config) -> dict[str, float]:
+    """Share of held-out problems whose greedy answer ends in the right value, and how many were asked."""
     problems = read_rows(config.eval.problems or Path(), "eval.problems", ("prompt", "answer"))
-    head = [tokenizer.bos_token_id] if config.context.bos else []
-    right = 0
-    for start in range(0, len(problems), GENERATED_TOGETHER):
-        group = problems[start : start + GENERATED_TOGETHER]
-        prompts = [head + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in group]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
-        )
-        found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=config.eval.new_tokens,
-                               do_sample=False, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
-        texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
-        right += sum(answers(text, str(row["answer"])) for text, row in zip(texts, group, strict=True))
+    texts = generator.complete([row["prompt"] for row in problems], [NEXT_PROBLEM], config.eval.new_tokens)
+    right = sum(same_answer(final_answer(text), str(row["answer"])) for text, row in zip(texts, problems, strict=True))
     return {"exact_match": right / max(1, len(problems)), "problems": len(problems)}
-
-
-def answers(text: str, gold: str) -> bool:
-    """Whether a completion gives the gold number: the one after `####` if there is one, else its last."""
-    text = text.split("\nProblem:")[0].replace(",", "")
-    numbers = NUMBER.findall(text.split("####", 1)[1])[:1] if "####" in text else NUMBER.findall(text)[-1:]
-    try:
-        return bool(numbers) and float(numbers[0]) == float(gold.replace(",", ""))
-    except ValueError:
-        return False
 
 
 def evaluate_models(config: Config, models: list[str], show: bool = True) -> list[dict[str, Any]]:
@@ -150,5 +127,7 @@ def evaluate_model(config: Config, folder: Path) -> dict[str, float]:
     if config.eval.choices:
         figures |= Ranking(config.eval.choices, tokenizer, config.context, config.eval.batch_tokens)(Live(opened))
     if config.eval.problems:
-        figures |= exact_match(opened.module, tokenizer, config)
+        limit = positions(folder, "model")
+        generator = HuggingFace(opened.module, tokenizer, config.context, limit, config.eval.batch_tokens)
+        figures |= exact_match(generator, config)
     return figures

@@ -1,5 +1,6 @@
 """Attention by boundaries: each window sees itself alone, whatever lies beside it, forward and backward."""
 
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,28 @@ def test_gradients_are_those_of_the_plain_forward_of_each_window_alone(fields: d
     cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum").backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("road", ["_uncompiled", "_opaque"])
+def test_under_autocast_attention_computes_in_its_dtype_as_sdpa_does(
+    road: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = build(), set[torch.dtype]()
+    plain = getattr(attention, road)
+
+    def watched(*tensors: Any) -> torch.Tensor:
+        seen.update(tensor.dtype for tensor in tensors[:3])
+        return plain(*tensors)
+
+    monkeypatch.setattr(attention, road, watched)
+    assert attention.install(model)
+    with torch.set_grad_enabled(road == "_uncompiled"), torch.autocast("cpu", torch.bfloat16):
+        query = torch.randn(1, 4, 8, 8)
+        attention.attend(
+            model, query, query[:, :2], query[:, :2].bfloat16(), None, cu_seq_lens_q=torch.tensor([0, 5, 8]).int()
+        )
+        forward(replace(opened(model), compute=torch.bfloat16), collate(windows(), ROWS))
+    assert seen == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,8 +23,11 @@ from schemas.window import split
 
 Message = dict[str, Any]  # of `role` and `content`, texts, and whatever else a template may read
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "response": "assistant"}
-ROLES |= dict.fromkeys(("output", "tool-output", "tool_output", "ipython", "observation", "function"), "tool")
+ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("output", "tool-output", "tool_output", "ipython", "observation", "function"), "tool"),
+}
 PROMPTS, RESPONSES = ("prompt", "instruction"), ("response", "completion", "output")
 TURN_COLUMNS = (*PROMPTS, "input", *RESPONSES)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -5,7 +5,6 @@ Full-token perplexity gets worse under selective training by design, so nothing 
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from rich.table import Table
 
 from pipeline.generate import Generator, HuggingFace
+from pipeline.grading import final_answer, same_answer
 from pipeline.heldout import Continuations, read_rows
 from pipeline.progress import bar, console
 from pipeline.ranking import Ranking
@@ -24,7 +24,6 @@ from schemas.store import write_atomic
 from trainer.export import as_model
 from trainer.live import Live
 
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 NEXT_PROBLEM = "\nProblem:"  # base models go on to pose one
 FIGURES = "evaluation.json"  # in train.output
 
@@ -70,21 +69,11 @@ class HeldOutLosses:
 
 
 def exact_match(generator: Generator, config: Config) -> dict[str, float]:
-    """Share of held-out problems whose greedy answer ends in the right number, and how many were asked."""
+    """Share of held-out problems whose greedy answer ends in the right value, and how many were asked."""
     problems = read_rows(config.eval.problems or Path(), "eval.problems", ("prompt", "answer"))
     texts = generator.complete([row["prompt"] for row in problems], [NEXT_PROBLEM], config.eval.new_tokens)
-    right = sum(answers(text, str(row["answer"])) for text, row in zip(texts, problems, strict=True))
+    right = sum(same_answer(final_answer(text), str(row["answer"])) for text, row in zip(texts, problems, strict=True))
     return {"exact_match": right / max(1, len(problems)), "problems": len(problems)}
-
-
-def answers(text: str, gold: str) -> bool:
-    """Whether a completion gives the gold number: the one after `####` if there is one, else its last."""
-    text = text.split("\nProblem:")[0].replace(",", "")
-    numbers = NUMBER.findall(text.split("####", 1)[1])[:1] if "####" in text else NUMBER.findall(text)[-1:]
-    try:
-        return bool(numbers) and float(numbers[0]) == float(gold.replace(",", ""))
-    except ValueError:
-        return False
 
 
 def evaluate_models(config: Config, models: list[str], show: bool = True) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.evaluate import HeldOutLosses, TargetLoss, answers, evaluate_models, exact_match
+from pipeline.evaluate import HeldOutLosses, TargetLoss, evaluate_models, exact_match
 from pipeline.generate import HuggingFace
 from pipeline.heldout import read_rows
 from schemas.config import Config
@@ -71,23 +71,6 @@ def test_each_held_out_set_has_figures_of_its_own(scores: Config, model: Any, to
         **TargetLoss(other, tokenizer, config.context, config.eval.batch_tokens, "validation")(live),
     }
     assert found["target_loss"] != found["validation_loss"]
-
-
-@pytest.mark.parametrize(
-    ("text", "gold", "right"),
-    [
-        (" So 3 + 4 = 7\n#### 7", "7", True),
-        (" #### 7\nand 9 more", "7", True),
-        (" the total is 1,250", "1250", True),
-        (" the total is 1250.0", "1,250", True),
-        (" first 7, then 8", "7", False),
-        (" 7\nProblem: next\nAnswer: 8", "7", True),
-        (" none", "7", False),
-        (" 7", "seven", False),
-    ],
-)
-def test_the_number_after_the_mark_or_else_the_last_one_is_the_answer(text: str, gold: str, right: bool) -> None:
-    assert answers(text, gold) is right
 
 
 def test_exact_match_finds_what_greedy_decoding_says_also_for_prompts_of_other_lengths_beside_it(

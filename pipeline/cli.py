@@ -271,9 +271,25 @@ def eval_(
     config: ConfigOption = DEMO,
     set_: SetOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a model.")] = False,
+    suite: Annotated[
+        str | None, typer.Option(help="Few-shot tasks by lm-eval instead: math9, general15 (the paper's), demo.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="With --suite: hf or vllm.")] = "hf",
+    limit: Annotated[int | None, typer.Option(min=1, help="With --suite: only so many rows of each task.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --suite: folder of data sets, <organisation>/<name>, for the hub's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="With --suite: file for the table, .json or .md.")] = None,
+    follow: Annotated[
+        Path | None, typer.Option(help="With --suite: a run's folder, whose checkpoints are evaluated as they appear.")
+    ] = None,
 ) -> None:
     """Held-out target-domain loss, exact match and ranked answers on held-out problems, for any checkpoint."""
     loaded = read_config(config, set_)
+    if suite is not None:
+        from pipeline.suite.run import run_suite
+
+        return run_suite(loaded, models or [], suite, backend, limit, data, json_, output, follow)
     from pipeline.evaluate import evaluate_models, print_figures
 
     rows = evaluate_models(loaded, models or [], show=not json_)

@@ -83,10 +83,9 @@ def evaluate_models(config: Config, models: list[str], show: bool = True) -> lis
     """
     if not (config.eval.target or config.eval.problems or config.eval.choices):
         raise UserError("field `eval`: nothing to evaluate on", "give eval.target, eval.problems or eval.choices")
-    arms = sorted(str(path.parent) for path in config.train.output.glob("*/final/config.json"))
     rows = []
     with bar("evaluate", show) as progress:
-        chosen = models or [config.base, config.score.model, *arms]
+        chosen = chosen_models(config, models)
         for number, name in enumerate(chosen):
             progress.update(number / len(chosen), name)
             with as_model(local_model(name)) as folder:
@@ -94,6 +93,12 @@ def evaluate_models(config: Config, models: list[str], show: bool = True) -> lis
     if not models:
         write_atomic(config.train.output / FIGURES, (json.dumps(rows, indent=1) + "\n").encode())
     return rows
+
+
+def chosen_models(config: Config, models: list[str]) -> list[str]:
+    """The models named; without names the base, the reference and every finished arm."""
+    arms = sorted(str(path.parent) for path in config.train.output.glob("*/final/config.json"))
+    return models or [config.base, config.score.model, *arms]
 
 
 def print_figures(rows: list[dict[str, Any]]) -> None:

@@ -47,6 +47,15 @@ class Corpus(Section):
     dataset: str | None = Field(default=None, description="Hugging Face dataset name or local dataset folder")
     split: str = "train"
     text: str = Field(default="text", description="column that holds the document's text")
+    messages: str | None = Field(
+        default=None,
+        description="for fine-tuning, instead of `text`: column of a conversation's messages, of which what the assistant"
+        " says is trained on; rows without it are one turn if they hold a prompt (or instruction) and a response",
+    )
+    template: str | None = Field(
+        default=None,
+        description="chat template of `messages`: problem, alpaca, tora, or a Jinja file; null: the tokenizer's own",
+    )
     id: str | None = Field(default="url", description="column that names the document; null: <shard>#<row>")
     max_chars: int = Field(default=5_000_000, ge=1, description="a longer document goes to quarantine")
 
@@ -54,6 +63,8 @@ class Corpus(Section):
     def _one_origin(self) -> "Corpus":
         if bool(self.paths) == bool(self.dataset):
             raise ValueError("give either `paths` or `dataset`")
+        if self.template and not self.messages:
+            raise ValueError("a `template` is for conversations: name the column of their `messages`")
         return self
 
 

@@ -285,6 +285,26 @@ def survey_on_cluster(score: Score, urls: list[str], found: Callable[[str, Surve
     _start(score).drive(drive, stop)
 
 
+def on_cluster(score: Score, work: Callable[[Callable[..., Any], threading.Event], Result]) -> Result:
+    """Do `work` with a cluster: it is given `call`, and an event that asks it to end.
+
+    `call(function, *arguments)` runs a function as a task of a worker's size, on any node, and waits for what it returns;
+    it raises what the function raised. Raises UserError as `Pool.run` does.
+    """
+    stop = threading.Event()
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        _refuse_what_no_node_has(score)
+        size: dict[str, Any] = {"num_cpus": score.cpus_per_worker, "num_gpus": score.gpus_per_worker}
+        task: Any = ray.remote(**size, runtime_env=_runtime_env(score))(function)
+        try:
+            return ray.get(task.remote(*arguments))
+        except RayTaskError as error:
+            raise error.cause from None
+
+    return _start(score).drive(lambda: work(call, stop), stop)
+
+
 def _surveyed(reference: Any, url: str) -> Surveyed | ShardError:
     """What a survey gave; a shard whose survey died each time costs itself alone."""
     try:

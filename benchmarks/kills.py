@@ -54,9 +54,8 @@ COMMANDS = {"worker": ("ray::Actor",), "agent": ("ray::DashboardAgent", "ray::Ru
 SEVERAL = {"worker": 3, "node": 2}  # strikes of one job that goes on
 COUNTS = ("trials", "strikes", "differences", "hangs", "orphans", "failures")
 HANG_SECONDS, ORPHAN_SECONDS = 60.0, 30.0  # more, four times what a job takes alone, for one that goes on or is slow
-UNIT_SECONDS = (
-    5.0  # after which a stopped worker is given up, at least; half of what a job takes alone on a busy machine
-)
+# After which a stopped worker is given up, at least, whatever a job took alone: the machine may have become busy since.
+UNIT_SECONDS = 20.0
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster

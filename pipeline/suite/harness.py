@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def evaluate_suite(
         "backend": backend,
         "limit": limit,
         "data": dict(sorted(sources.items())),
-        "versions": {name: version(name) for name in ("lm-eval", "transformers", "torch")},
+        "versions": {name: metadata.version(name) for name in ("lm-eval", "transformers", "torch")},
     }
 
 
@@ -161,7 +161,12 @@ def _open_vllm(folder: Path) -> Any:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
-        from lm_eval.models import vllm_causallms
+        import vllm
+        from vllm.platforms import current_platform
+
+        current_platform.device_type  # found out now, by the same question that is answered below
+        with _named(vllm.__version__):
+            from lm_eval.models import vllm_causallms
     except ImportError as error:
         raise UserError(
             f"--backend vllm: cannot be imported ({first_line(error)})",
@@ -178,6 +183,17 @@ def _open_vllm(folder: Path) -> Any:
         raise UserError(
             f"model: {folder} cannot be loaded by vllm ({first_line(error)})", "use --backend hf"
         ) from error
+
+
+@contextmanager
+def _named(found: str) -> Iterator[None]:
+    """lm-eval asks for the version of a package `vllm`; what runs on a CPU is vLLM by another package's name."""
+    asked = metadata.version
+    metadata.version = lambda name: found if name == "vllm" else asked(name)
+    try:
+        yield
+    finally:
+        metadata.version = asked
 
 
 def _dtype() -> torch.dtype:

@@ -116,6 +116,10 @@ class Repeated:
         self.lengths = np.tile(source.lengths, times)
         self.tokens = source.tokens * times
 
+    def valid(self, keys: np.ndarray) -> np.ndarray:
+        """As the source's."""
+        return self.source.valid(keys % len(self.source.lengths))
+
     def index(self, ranks: Ranks) -> None:
         """Nothing: the lengths are known."""
 

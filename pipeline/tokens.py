@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.progress import bar
 from schemas.config import Context, Corpus
+from schemas.conversation import templated
 from schemas.disk import writing
 from schemas.errors import UserError
 from schemas.fingerprint import fingerprint_of
@@ -31,8 +32,10 @@ def tokenised(corpus: Corpus, tokenizer: Any, context: Context, folder: Path, ra
     """The tokens of a corpus, from below `folder`; what is not there yet is made, each rank its share of the units.
 
     The dataset is named after corpus, tokenizer and context: if one of them changes it is made anew beside the old one.
-    Raises UserError naming a shard that cannot be read, or if no document can be used.
+    The `tokenizer` gets the template of a corpus of conversations. Raises UserError naming a shard that cannot be read,
+    or if no document can be used.
     """
+    templated(tokenizer, corpus)
     fingerprint = _fingerprint(corpus, tokenizer, context)
     with locked(folder, "run that tokenises") if ranks.first else nullcontext():
         units = ranks.share(_units(corpus, fingerprint, folder) if ranks.first else [])
@@ -56,7 +59,8 @@ def tokenised(corpus: Corpus, tokenizer: Any, context: Context, folder: Path, ra
     source = ScoreShards(layout.root)
     if not source.tokens:
         raise UserError(
-            f"corpus: {corpus.paths or corpus.dataset}: no usable document", f"look at column `{corpus.text}`"
+            f"corpus: {corpus.paths or corpus.dataset}: no usable document",
+            f"look at column `{corpus.messages or corpus.text}`; {layout.root}/quarantine says why",
         )
     return source
 
@@ -89,10 +93,11 @@ def _commit(found: UnitTokens, layout: Layout, fingerprint: dict[str, Any]) -> N
     """Shard first, receipt last."""
     unit, rejected = found.unit, sorted(found.rejected, key=lambda item: item.row)
     windows = [
-        Window(doc_id=owner.id, row=owner.row, index=owner.index, tokens=tokens, ref_loss=None)
-        for owner, tokens in zip(found.owners, found.windows, strict=True)
+        Window(owner.id, owner.index, piece.tokens, ref_loss=None, row=owner.row, trained=piece.trained)
+        for owner, piece in zip(found.owners, found.pieces, strict=True)
     ]
-    schema = shard_schema(fingerprint["tokenizer"]["size"], entropy=False, losses=False)
+    trained = "messages" in fingerprint["corpus"]
+    schema = shard_schema(fingerprint["tokenizer"]["size"], entropy=False, losses=False, trained=trained)
     content = encode_shard(windows, schema, {"fingerprint": fingerprint, "unit": unit.name})
     with writing(layout.root):
         layout.store.put(layout.name(layout.UNITS, unit.name), content)

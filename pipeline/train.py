@@ -10,6 +10,7 @@ from pipeline.evaluate import HeldOutLosses
 from pipeline.progress import bar, say
 from pipeline.tokens import tokenised
 from schemas.config import Config, Train
+from schemas.conversation import template_hash, templated
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
 from schemas.models import local_model, open_tokenizer
@@ -37,7 +38,7 @@ def prepared(config: Config) -> tuple[Train, Path, Source, Any]:
     settings = config.train.model_copy(update={"output": config.train.folder})
     datasets = open_scores(config)
     base = local_model(config.base)
-    tokenizer = open_tokenizer(base, "base")
+    tokenizer = templated(open_tokenizer(base, "base"), config.corpus)
     return settings, base, source_of(config, datasets, tokenizer), tokenizer
 
 
@@ -56,6 +57,11 @@ def source_of(config: Config, datasets: list[list[ScoreShards]], tokenizer: Any)
             raise UserError(
                 f"{found.root}: scored otherwise than `base` and `context` say:\n  " + "\n  ".join(changed),
                 "use the same tokenizer and context",
+            )
+        if found.conversations and found.dataset["corpus"]["template"] != template_hash(tokenizer):
+            raise UserError(
+                f"{found.root}: its conversations were rendered by another chat template than the model would be saved with",
+                "set corpus.messages and corpus.template as they were when it was scored",
             )
     sources = [part[0] if len(part) == 1 else References(part) for part in datasets]
     return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in config.parts])

@@ -8,6 +8,9 @@ Example, rows of 8 tokens, windows [a b c], [d e f g] and [h i]:
     owner      0 0 0 1 1 1 1 x      2 2 x x x x x x       `x` is -1
     bounds     0 3 7 8 10 16        where a window or a row's padding begins, rows laid end to end
     predicted  0 1 3 4 5 8          columns that predict
+    valid      2 3 1                predictions of each window
+
+Where windows say which of their tokens are trained on, all others are targets of nothing, as a window's first is.
 
 Attention is told of the boundaries (`schemas.attention`), or Hugging Face models read block-diagonal causal attention
 off the restarting positions (`transformers.masking_utils.find_packed_sequence_indices`). Whether a model really keeps
@@ -46,6 +49,7 @@ class Batch:
     ids, positions, targets, owner: int64 [rows, row_tokens]. `owner` is the window's number in the batch.
     bounds: int32 [windows and paddings + 1]; longest: at least the tokens of the longest of them, a power of two.
     predicted: int64 [predictions], places in the rows laid end to end. places: the windows', by their numbers.
+    valid: predictions of each window.
     """
 
     ids: torch.Tensor
@@ -56,6 +60,7 @@ class Batch:
     predicted: torch.Tensor
     longest: int
     places: list[Place]
+    valid: list[int]
 
     @property
     def lengths(self) -> list[int]:
@@ -76,7 +81,7 @@ class Batch:
         grid = torch.full(self.ids.shape, torch.nan)
         for values, place in zip(windows, self.places, strict=True):
             grid[place.row, place.predicted] = torch.from_numpy(values[1:].astype(np.float32))
-        return grid
+        return grid.masked_fill_(self.targets == IGNORE, torch.nan)
 
     def gather(self, grid: torch.Tensor) -> list[np.ndarray]:
         """The inverse of `spread`: float32 values of each window, NaN at position 0."""
@@ -89,8 +94,15 @@ def gather(grid: torch.Tensor, places: Sequence[Place]) -> list[np.ndarray]:
     return [np.concatenate([[np.float32(np.nan)], values[place.row, place.predicted]]) for place in places]
 
 
-def collate(windows: Sequence[np.ndarray], rows: Sequence[Sequence[int]], row_tokens: int | None = None) -> Batch:
+def collate(
+    windows: Sequence[np.ndarray],
+    rows: Sequence[Sequence[int]],
+    row_tokens: int | None = None,
+    trained: Sequence[np.ndarray | None] | None = None,
+) -> Batch:
     """Lay token windows out as `rows` of window numbers says; without `row_tokens` as wide as the fullest row.
+
+    trained: of each window which of its tokens are targets, bool [length]; None: all but the first.
 
     Rows of one window each never restart their positions: causal attention alone keeps them from the padding behind
     them, and a model then needs no mask, which halves the cost of its attention.
@@ -108,7 +120,8 @@ def collate(windows: Sequence[np.ndarray], rows: Sequence[Sequence[int]], row_to
             tokens = windows[index]
             end = start + len(tokens)
             ids[number, start:end] = tokens
-            targets[number, start : end - 1] = tokens[1:]
+            mask = trained[index] if trained else None
+            targets[number, start : end - 1] = tokens[1:] if mask is None else np.where(mask[1:], tokens[1:], IGNORE)
             owner[number, start:end] = index
             positions[number, start:end] = np.arange(len(tokens))
             places[index] = Place(row=number, start=start, length=len(tokens))
@@ -119,16 +132,18 @@ def collate(windows: Sequence[np.ndarray], rows: Sequence[Sequence[int]], row_to
         if restart:  # padding is a window of its own, so no real token attends to it
             positions[number, start:] = np.arange(width - start)
     bounds.append(ids.size)
+    predicted = np.flatnonzero(targets != IGNORE)
     return Batch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(targets),
         owner=torch.from_numpy(owner),
         bounds=torch.tensor(bounds, dtype=torch.int32),
-        predicted=torch.from_numpy(np.flatnonzero(targets != IGNORE)),
+        predicted=torch.from_numpy(predicted),
         # One of few values: a compiled model and a kernel's launch depend on it.
         longest=1 << (int(np.diff(bounds).max(initial=1)) - 1).bit_length(),
         places=[places[index] for index in range(len(windows))],
+        valid=np.bincount(owner.ravel()[predicted], minlength=len(windows)).tolist(),
     )
 
 

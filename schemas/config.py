@@ -47,6 +47,15 @@ class Corpus(Section):
     dataset: str | None = Field(default=None, description="Hugging Face dataset name or local dataset folder")
     split: str = "train"
     text: str = Field(default="text", description="column that holds the document's text")
+    messages: str | None = Field(
+        default=None,
+        description="for fine-tuning, instead of `text`: column of a conversation's messages, of which what the assistant"
+        " says is trained on; rows without it are one turn if they hold a prompt (or instruction) and a response",
+    )
+    template: str | None = Field(
+        default=None,
+        description="chat template of `messages`: problem, alpaca, tora, or a Jinja file; null: the tokenizer's own",
+    )
     id: str | None = Field(default="url", description="column that names the document; null: <shard>#<row>")
     max_chars: int = Field(default=5_000_000, ge=1, description="a longer document goes to quarantine")
 
@@ -54,6 +63,8 @@ class Corpus(Section):
     def _one_origin(self) -> "Corpus":
         if bool(self.paths) == bool(self.dataset):
             raise ValueError("give either `paths` or `dataset`")
+        if self.template and not self.messages:
+            raise ValueError("a `template` is for conversations: name the column of their `messages`")
         return self
 
 
@@ -163,6 +174,10 @@ class Train(Section):
         description="full: layers keep their input alone and run again in the backward; selective: they keep the results of"
         " products and attention too",
     )
+    backward: Literal["full", "kept"] = Field(
+        default="full",
+        description="kept: through the layers too only kept tokens carry gradients. Faster, and an approximation",
+    )
     compile: bool = Field(
         default=False, description="compile the model's layers: a slower start, faster steps on a GPU"
     )
@@ -189,6 +204,12 @@ class Train(Section):
         if steps and not 1 <= steps[0] < steps[1]:
             raise ValueError("give the first step (1 or more) and the one after the last")
         return steps
+
+    @model_validator(mode="after")
+    def _one_way_back(self) -> "Train":
+        if self.backward == "kept" and self.compile:
+            raise ValueError("`backward: kept` has another shape every step, which `compile` cannot take: choose one")
+        return self
 
     @model_validator(mode="after")
     def _one_data(self) -> "Train":

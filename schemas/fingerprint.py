@@ -9,6 +9,7 @@ import torch
 
 from schemas import product
 from schemas.config import Context, Corpus, Score
+from schemas.conversation import template_hash
 from schemas.environment import installed
 from schemas.errors import UserError
 from schemas.forward import ENGINE
@@ -69,11 +70,14 @@ def fingerprint_of(
     tokenizer: Any, model: dict[str, str], corpus: Corpus, context: Context, scorer: dict[str, Any]
 ) -> dict[str, Any]:
     """The parts of a dataset's fingerprint; `model` and `scorer` as their makers describe them."""
+    fields: dict[str, Any] = {"text": corpus.text, "id": corpus.id, "max_chars": corpus.max_chars}
+    if corpus.messages:
+        fields |= {"messages": corpus.messages, "template": template_hash(tokenizer)}
     return {
         "schema_version": SCHEMA_VERSION,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": model,
-        "corpus": {"text": corpus.text, "id": corpus.id, "max_chars": corpus.max_chars},
+        "corpus": fields,
         "context": context.model_dump(),
         "scorer": scorer,
     }

@@ -27,6 +27,7 @@ WRITING: dict[str, Any] = {
 }
 METADATA_KEY = b"tokensift"
 BESIDE_TOKENS = ("ref_loss", "ref_entropy")
+TRAINED = "trained"  # of conversations alone: it says which tokens count, so that it is read whenever tokens are
 SCORE_AGAIN = "delete its receipt and run `make score` again"
 # What damaged bytes can raise while they are decoded.
 DECODING = (OSError, pa.ArrowException, KeyError, TypeError, ValueError, OverflowError)
@@ -38,7 +39,8 @@ class Window:
 
     tokens: int64 [length]. ref_loss, ref_entropy: float16 [length] in nats, NaN at position 0;
     ref_loss is None for tokens that were never scored. row: the document's row in its input shard, which tells
-    documents of one id apart; -1 in data of schema version 1, which did not store it.
+    documents of one id apart; -1 in data of schema version 1, which did not store it. trained: bool [length], of a
+    conversation: tokens that a model is to learn to write, never the one at position 0; None: all but that one.
     """
 
     doc_id: str
@@ -47,26 +49,40 @@ class Window:
     ref_loss: np.ndarray | None
     ref_entropy: np.ndarray | None = None
     row: int = -1
+    trained: np.ndarray | None = None
+
+    @property
+    def valid(self) -> int:
+        """Tokens that count."""
+        return len(self.tokens) - 1 if self.trained is None else int(self.trained.sum())
 
 
-def shard_schema(vocabulary: int, entropy: bool, losses: bool = True) -> pa.Schema:
-    """Arrow schema of a score shard for a vocabulary of that many tokens; without `losses` of tokens not scored."""
+def shard_schema(vocabulary: int, entropy: bool, losses: bool = True, trained: bool = False) -> pa.Schema:
+    """Arrow schema of a score shard for a vocabulary of that many tokens; without `losses` of tokens not scored.
+
+    trained: of conversations, whose windows say which of their tokens are trained on.
+    """
     token = pa.uint16() if vocabulary < 65_536 else pa.uint32()
 
     def values(kind: pa.DataType) -> pa.DataType:
         return pa.list_(pa.field("element", kind, nullable=False))
 
     columns = [("doc_id", pa.string()), ("row", pa.int64()), ("window", pa.int32()), ("tokens", values(token))]
+    columns += [(TRAINED, values(pa.bool_()))] if trained else []
     columns += [("ref_loss", values(pa.float16()))] if losses else []
     columns += [("ref_entropy", values(pa.float16()))] if entropy else []
     columns += [("token_hash", pa.uint64())]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
 
 
-def _readable_schemas() -> list[pa.Schema]:
+def _readable_schemas(losses: bool) -> list[pa.Schema]:
     """Every schema that was ever written: version 1 had no `row`."""
-    now = [shard_schema(vocabulary, entropy) for vocabulary in (0, 65_536) for entropy in (False, True)]
-    return now + [schema.remove(schema.get_field_index("row")) for schema in now]
+    sizes, kinds = (0, 65_536), (False, True)
+    if not losses:
+        return [shard_schema(size, False, losses=False, trained=trained) for size in sizes for trained in kinds]
+    plain = [shard_schema(size, entropy) for size in sizes for entropy in kinds]
+    trained = [shard_schema(size, entropy, trained=True) for size in sizes for entropy in kinds]
+    return plain + trained + [schema.remove(schema.get_field_index("row")) for schema in plain]
 
 
 def encode_shard(windows: Sequence[Window], schema: pa.Schema, metadata: dict[str, Any]) -> bytes:
@@ -77,7 +93,7 @@ def encode_shard(windows: Sequence[Window], schema: pa.Schema, metadata: dict[st
         "window": pa.array([window.index for window in windows], pa.int32()),
         "token_hash": pa.array(token_hashes(window.tokens for window in windows), pa.uint64()),
     }
-    for name in ("tokens", *BESIDE_TOKENS):
+    for name in ("tokens", TRAINED, *BESIDE_TOKENS):
         if name in schema.names:
             values[name] = _lists([getattr(window, name) for window in windows], schema.field(name).type)
     full = schema.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
@@ -98,16 +114,17 @@ def read_windows(table: pa.Table) -> list[Window]:
     """Rows of a score shard's table as windows."""
     nothing = [None] * len(table)
     names = table.schema.names
-    lists = {name: _arrays(table[name]) for name in ("tokens", *BESIDE_TOKENS) if name in names}
+    lists = {name: _arrays(table[name]) for name in ("tokens", TRAINED, *BESIDE_TOKENS) if name in names}
     return [
-        Window(doc_id=doc_id, index=index, tokens=tokens.astype(np.int64), ref_loss=loss, ref_entropy=entropy, row=row)
-        for doc_id, row, index, tokens, loss, entropy in zip(
+        Window(doc_id, index, tokens.astype(np.int64), loss, entropy, row, trained)
+        for doc_id, row, index, tokens, loss, entropy, trained in zip(
             table["doc_id"].to_pylist(),
             table["row"].to_pylist() if "row" in names else [-1] * len(table),
             table["window"].to_pylist(),
             lists["tokens"],
             lists.get("ref_loss", nothing),
             lists.get("ref_entropy", nothing),
+            lists.get(TRAINED, nothing),
             strict=True,
         )
     ]
@@ -128,8 +145,7 @@ def open_shard(path: Place | io.RawIOBase | pa.BufferReader, losses: bool = True
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})", SCORE_AGAIN) from error
     if METADATA_KEY not in (schema.metadata or {}):
         raise UserError(f"{path}: a Parquet file, but not a score shard (no `tokensift` metadata)", "name another file")
-    known = _readable_schemas() if losses else [shard_schema(size, False, losses=False) for size in (0, 65_536)]
-    if not any(map(schema.equals, known)):
+    if not any(map(schema.equals, _readable_schemas(losses))):
         raise UserError(f"{path}: its columns are not those of a score shard ({schema.names})", SCORE_AGAIN)
     return file
 
@@ -176,18 +192,28 @@ def read_group(
         raise UserError(f"{path}: row group {group} is damaged ({first_line(error)})", SCORE_AGAIN) from error
     if len(wrong):
         raise UserError(f"{path}: tokens do not match token_hash in {len(wrong)} rows", SCORE_AGAIN)
-    if "ref_loss" in wanted:
-        for window in windows:
-            if window.ref_loss is None or len(window.ref_loss) != len(window.tokens):
-                raise UserError(f"{path}: document {window.doc_id!r}: ref_loss is not as long as tokens", SCORE_AGAIN)
+    for window in windows:
+        who = f"{path}: document {window.doc_id!r}"
+        if "ref_loss" in wanted and (window.ref_loss is None or len(window.ref_loss) != len(window.tokens)):
+            raise UserError(f"{who}: ref_loss is not as long as tokens", SCORE_AGAIN)
+        if window.trained is not None and (len(window.trained) != len(window.tokens) or window.trained[:1].any()):
+            raise UserError(f"{who}: trained is not as long as tokens, or holds the first of them", SCORE_AGAIN)
     return windows
 
 
-def read_lengths(path: Place, file: pq.ParquetFile, group: int) -> np.ndarray:
-    """Tokens of each window of one row group, int32. Raises UserError naming the shard."""
+def read_counts(path: Place, file: pq.ParquetFile, group: int) -> np.ndarray:
+    """Tokens of each window of one row group, int32 [1, windows]; of conversations also those that are trained on, [2, windows].
+
+    Raises UserError naming the shard.
+    """
+    names = [name for name in ("tokens", TRAINED) if name in file.schema_arrow.names]
     try:
-        tokens = file.read_row_group(group, columns=["tokens"], use_threads=False)["tokens"].combine_chunks()
-        return tokens.value_lengths().to_numpy().astype(np.int32)
+        table = file.read_row_group(group, columns=names, use_threads=False)
+        counts = [table["tokens"].combine_chunks().value_lengths().to_numpy()]
+        if TRAINED in names:
+            trained = _arrays(table[TRAINED])
+            counts.append(np.fromiter((one.sum() for one in trained), np.int32, len(trained)))
+        return np.stack(counts).astype(np.int32)
     except DECODING as error:
         raise UserError(f"{path}: row group {group} is damaged ({first_line(error)})", SCORE_AGAIN) from error
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from schemas.config import Corpus
+from schemas.conversation import Message, read_messages
 from schemas.errors import UserError
 from score_jobs.files import is_unicode, resolve
 from score_jobs.inputs import ShardError, open_input, reading
@@ -18,11 +19,12 @@ OTHER_FIELDS_BYTES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document that can be scored. `row` is its place in the shard."""
+    """A document that can be scored. `row` is its place in the shard. Of a conversation `text` is what all say in it."""
 
     row: int
     id: str
     text: str
+    messages: list[Message] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,10 @@ def _check(row: int, record: dict[str, Any] | bytes | None, url: str, corpus: Co
         return Rejected(row, fallback, "the line is not a JSON object")
     name = fields.get(corpus.id) if corpus.id else None
     doc_id = name if isinstance(name, str) and name and is_unicode(name) else fallback
-    text = fields.get(corpus.text)
+    messages = read_messages(fields, corpus.messages) if corpus.messages else None
+    if isinstance(messages, str):
+        return Rejected(row, doc_id, messages)
+    text = "\n".join(item["content"] for item in messages) if messages else fields.get(corpus.text)
     if text is None:
         return Rejected(row, doc_id, f"no `{corpus.text}`")
     if isinstance(text, bytes):
@@ -129,5 +134,5 @@ def _check(row: int, record: dict[str, Any] | bytes | None, url: str, corpus: Co
     if len(text) > corpus.max_chars:
         return Rejected(row, doc_id, f"{len(text)} characters, more than corpus.max_chars ({corpus.max_chars})")
     if not is_unicode(text):
-        return Rejected(row, doc_id, f"`{corpus.text}` holds lone surrogates")
-    return Document(row, doc_id, text)
+        return Rejected(row, doc_id, f"`{corpus.messages or corpus.text}` holds lone surrogates")
+    return Document(row, doc_id, text, messages)

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from schemas.config import Config
+from schemas.conversation import Piece, templated
 from schemas.errors import UserError
 from schemas.models import open_tokenizer, positions, refuse_long_windows
 from schemas.receipt import Layout
 from schemas.shard import Window, encode_shard, shard_schema
-from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, read_documents
+from score_jobs.encoding import encode
 from score_jobs.engines import Scored, open_engine
 from score_jobs.files import resolve
 from score_jobs.inputs import ShardError, size_of
@@ -42,7 +43,7 @@ class Sample:
     all_characters: int
     characters: np.ndarray
     tokens: np.ndarray
-    windows: list[np.ndarray]
+    windows: list[Piece]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def estimate(config: Config, rate: bool = True) -> Estimate:
     urls = resolve(config.corpus)
     with ThreadPoolExecutor(VERSION_THREADS) as pool:
         sizes = dict(zip(urls, pool.map(size_of, urls), strict=True))
-    tokenizer = open_tokenizer(job.model, "score.model")
+    tokenizer = templated(open_tokenizer(job.model, "score.model"), job.corpus)
     looks = [_sample(job, tokenizer, url) for url in _spread(urls, SHARDS)]
     samples, broken = (
         [item for item in looks if isinstance(item, Sample)],
@@ -173,16 +174,18 @@ def stored_bytes(job: Job, samples: Sequence[Sample], speed: Speed, tokens: floa
     windows = [window for sample in samples for window in sample.windows]
     if not windows or not units:
         return 0.0
-    schema = shard_schema(job.fingerprint["tokenizer"]["size"], job.score.entropy)
+    trained = bool(job.corpus.messages)
+    schema = shard_schema(job.fingerprint["tokenizer"]["size"], job.score.entropy, trained=trained)
     generator, values = np.random.default_rng(0), {}
     for name, known in (("ref_loss", speed.losses), ("ref_entropy", speed.entropies)):
         made = np.minimum(generator.lognormal(*ASSUMED_LOG_NATS, 100_000), MOST_NATS)
         values[name] = (made if known is None else known).astype(np.float16)
     metadata = {"fingerprint": job.fingerprint, "unit": "x" * 40}
     empty, full, held, piece = len(encode_shard([], schema, metadata)), 0, 0, []
-    for number, ids in enumerate(windows, 1):
-        made = {name: generator.choice(drawn, len(ids)) for name, drawn in values.items()}
-        piece.append(Window(doc_id=f"https://example.org/{number}", index=0, tokens=ids, row=number, **made))
+    for number, one in enumerate(windows, 1):
+        made = {name: generator.choice(drawn, len(one.tokens)) for name, drawn in values.items()}
+        name = f"https://example.org/{number}"
+        piece.append(Window(name, 0, one.tokens, row=number, trained=one.trained, **made))
         if sum(len(window.tokens) for window in piece) >= tokens / units or number == len(windows):
             full += len(encode_shard(piece, schema, metadata)) - empty
             held, piece = held + sum(len(window.tokens) for window in piece), []
@@ -203,20 +206,21 @@ def _sample(job: Job, tokenizer: Any, url: str) -> Sample | ShardError:
         if problem:
             return ShardError(f"{url}: {problem}")
         chosen = set(_spread(range(surveyed.documents), DOCUMENTS))
-        characters, texts = 0, list[str]()
+        characters, documents = 0, list[Document]()
         for row in read_documents(url, job.corpus, 0, surveyed.documents):
-            text = row.text if isinstance(row, Document) else ""
-            characters += len(text)
-            texts += [text] if row.row in chosen else []
+            document = row if isinstance(row, Document) else Document(row.row, row.id, "")
+            characters += len(document.text)
+            documents += [document] if row.row in chosen else []
     except ShardError as error:
         return error
-    pieces = encode_in_batches(tokenizer, texts, job.context)
+    encoded = encode(tokenizer, documents, job.context)
+    pieces = [[] if isinstance(found, str) else found for found in encoded]
     return Sample(
         url=url,
         surveyed=surveyed,
         all_characters=characters,
-        characters=np.array([len(text) for text in texts], dtype=np.float64),
-        tokens=np.array([sum(map(len, windows)) for windows in pieces], dtype=np.float64),
+        characters=np.array([len(document.text) for document in documents], dtype=np.float64),
+        tokens=np.array([sum(len(one.tokens) for one in windows) for windows in pieces], dtype=np.float64),
         windows=[window for windows in pieces for window in windows],
     )
 
@@ -244,7 +248,7 @@ def _speed(job: Job, samples: Sequence[Sample]) -> Speed:
         return Speed(note="rate not measured: this machine has no GPU")
     torch.set_num_threads(job.score.cpus_per_worker)
     engine = open_engine(job.model, job.context, job.score)
-    windows = [window for sample in samples for window in sample.windows if len(window) > 1]
+    windows = [one.tokens for sample in samples for one in sample.windows if len(one.tokens) > 1]
     windows = [windows[i] for i in np.random.default_rng(0).permutation(len(windows))]  # short and long as they come
     count, seconds, scored = 1, 0.0, list[Scored]()
     while seconds < RATE_SECONDS and count <= len(windows):

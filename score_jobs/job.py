@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from schemas.config import Config, Score
+from schemas.conversation import templated
 from schemas.errors import UserError
 from schemas.fingerprint import dataset_fingerprint, difference
 from schemas.lock import locked
@@ -116,7 +117,7 @@ def _score_units(
 def prepare(config: Config, layout: Layout) -> Job:
     """Everything of a job that is no unit. Raises UserError for what is wrong with the model or the dataset (law 3)."""
     model = local_model(config.score.model, "score.model")
-    tokenizer = open_tokenizer(model, "score.model")
+    tokenizer = templated(open_tokenizer(model, "score.model"), config.corpus)
     fingerprint = dataset_fingerprint(tokenizer, model, config.corpus, config.context, config.score)
     if layout.dataset.exists():
         changed = difference(read_dataset(layout), fingerprint)
@@ -129,7 +130,10 @@ def prepare(config: Config, layout: Layout) -> Job:
         raise UserError(f"{layout.dataset}: missing while receipts exist", "restore it or give a new score.output")
     # Absolute, since workers start where `ray start` was typed.
     score = config.score.model_copy(update={"output": config.score.output.absolute()})
-    return Job(model.absolute(), config.corpus, config.context, score, fingerprint)
+    corpus = config.corpus
+    if corpus.messages:  # workers elsewhere may not have the file
+        corpus = corpus.model_copy(update={"template": tokenizer.get_chat_template()})
+    return Job(model.absolute(), corpus, config.context, score, fingerprint)
 
 
 def _refuse_changed_corpus(layout: Layout, receipts: dict[str, Receipt], planned: Plan) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.config import Corpus
+from schemas.conversation import PROMPTS, RESPONSES, TURN_COLUMNS
 from score_jobs.lines import Mark
 
 STRING_TYPES = ("string", "large_string", "string_view")
@@ -28,7 +29,8 @@ class TableRows:
         kinds = columns(self.file)
         if problem := text_column_problem(kinds, corpus):
             raise ValueError(problem)
-        self.names = [name for name in dict.fromkeys((corpus.text, corpus.id)) if name in kinds]
+        wanted = (corpus.messages, *TURN_COLUMNS) if corpus.messages else (corpus.text,)
+        self.names = [name for name in dict.fromkeys((*wanted, corpus.id)) if name in kinds]
         groups = range(self.file.metadata.num_row_groups)
         self.starts = [0, *accumulate(self.file.metadata.row_group(group).num_rows for group in groups)]
         self.group, self.row = -1, 0  # the row that `self.batch` begins with
@@ -65,7 +67,14 @@ def columns(file: pq.ParquetFile) -> dict[str, str]:
 
 
 def text_column_problem(kinds: dict[str, str], corpus: Corpus) -> str | None:
-    """Why no text can be read from a Parquet shard of these columns; None if it can."""
+    """Why no text, or no conversation, can be read from a Parquet shard of these columns; None if it can."""
+    if corpus.messages:
+        turn = any(name in kinds for name in PROMPTS) and any(name in kinds for name in RESPONSES)
+        if corpus.messages in kinds or turn:
+            return None
+        return (
+            f"no column `{corpus.messages}`, and none of a prompt and a response; it has {', '.join(kinds) or 'none'}"
+        )
     if corpus.text not in kinds:
         return f"no column `{corpus.text}`; it has {', '.join(kinds) or 'none'}"
     kind = kinds[corpus.text]
@@ -79,8 +88,17 @@ def _values(column: pa.Array) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
+        if pa.types.is_nested(column.type):
+            return [_nested(value) for value in column]
         strings = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
         return [_decoded(value) for value in strings.cast(pa.large_binary()).to_pylist()]
+
+
+def _nested(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return b""
 
 
 def _decoded(value: bytes | None) -> str | bytes | None:

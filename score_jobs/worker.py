@@ -15,12 +15,13 @@ import pyarrow as pa
 import torch
 
 from schemas.config import Context, Corpus, Score
+from schemas.conversation import Piece, templated
 from schemas.disk import writing
 from schemas.models import open_tokenizer
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, encode_shard, open_shard, read_group, shard_schema
-from schemas.window import encode_in_batches
 from score_jobs.corpus import Document, Reader, Rejected
+from score_jobs.encoding import encode
 from score_jobs.engines import Scored, open_engine
 from score_jobs.plan import Unit
 
@@ -54,13 +55,18 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class UnitTokens:
-    """What reading made of a unit: windows of token ids, whose each is, and rows that gave none. `seconds`: what it took."""
+    """What reading made of a unit: windows, whose each is, and rows that gave none. `seconds`: what it took."""
 
     unit: Unit
-    windows: list[np.ndarray]
+    pieces: list[Piece]
     owners: list[Owner]
     rejected: list[Rejected]
     seconds: float
+
+    @property
+    def windows(self) -> list[np.ndarray]:
+        """The windows' token ids."""
+        return [piece.tokens for piece in self.pieces]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,7 @@ class Worker:
         """Prepare a worker; raises UserError if the model cannot be loaded."""
         torch.set_num_threads(job.score.cpus_per_worker)
         self.job, self.layout = job, Layout(job.score.output)
-        self.tokenizer = open_tokenizer(job.model, "score.model")
+        self.tokenizer = templated(open_tokenizer(job.model, "score.model"), job.corpus)
         self.engine = open_engine(job.model, job.context, job.score)
         self.reader = Reader(job.corpus)
         self.idle_since = time.perf_counter()
@@ -159,7 +165,8 @@ class Worker:
 
     def _put_shard(self, unit: Unit, windows: list[Window]) -> bytes:
         """Encode, see that the bytes give the windows back, and put them; the store reads its own disk back."""
-        schema = shard_schema(self.job.fingerprint["tokenizer"]["size"], self.job.score.entropy)
+        trained = bool(self.job.corpus.messages)
+        schema = shard_schema(self.job.fingerprint["tokenizer"]["size"], self.job.score.entropy, trained=trained)
         content = encode_shard(windows, schema, {"fingerprint": self.job.fingerprint, "unit": unit.name})
         path = self.layout.shard(unit.name)
         file = open_shard(pa.BufferReader(content))
@@ -179,14 +186,15 @@ def read_unit(unit: Unit, reader: Reader, tokenizer: Any, context: Context) -> U
     rows = list(reader.read(unit.url, unit.first, unit.end, unit.mark))
     documents = [row for row in rows if isinstance(row, Document)]
     rejected = [row for row in rows if isinstance(row, Rejected)]
-    pieces = encode_in_batches(tokenizer, [document.text for document in documents], context)
+    pieces: list[Piece] = []
     owners: list[Owner] = []
-    for document, windows in zip(documents, pieces, strict=True):
-        owners += [Owner(document.row, document.id, index) for index in range(len(windows))]
-        if not windows:
-            rejected.append(Rejected(document.row, document.id, "no tokens"))
-    tokens = [window for windows in pieces for window in windows]
-    return UnitTokens(unit, tokens, owners, rejected, seconds=time.perf_counter() - started)
+    for document, found in zip(documents, encode(tokenizer, documents, context), strict=True):
+        if isinstance(found, str):
+            rejected.append(Rejected(document.row, document.id, found))
+        else:
+            pieces += found
+            owners += [Owner(document.row, document.id, index) for index in range(len(found))]
+    return UnitTokens(unit, pieces, owners, rejected, seconds=time.perf_counter() - started)
 
 
 def put_quarantine(layout: Layout, unit: Unit, rejected: Sequence[Rejected]) -> str | None:
@@ -229,7 +237,7 @@ def receipt_of(
 def _storable_windows(found: UnitScores) -> tuple[list[Window], list[Rejected]]:
     """Windows to be stored, in the order of their documents, and every row that gives none, in order."""
     tokens = found.tokens
-    scored_windows = list(zip(tokens.owners, tokens.windows, found.scores, strict=True))
+    scored_windows = list(zip(tokens.owners, tokens.pieces, found.scores, strict=True))
     bad = {
         owner.row: owner.id
         for owner, _, scored in scored_windows
@@ -241,11 +249,12 @@ def _storable_windows(found: UnitScores) -> tuple[list[Window], list[Rejected]]:
             doc_id=owner.id,
             row=owner.row,
             index=owner.index,
-            tokens=ids,
+            tokens=piece.tokens,
+            trained=piece.trained,
             ref_loss=scored.loss.astype(np.float16),
             ref_entropy=None if scored.entropy is None else scored.entropy.astype(np.float16),
         )
-        for owner, ids, scored in scored_windows
+        for owner, piece, scored in scored_windows
         if owner.row not in bad
     ]
     return windows, sorted(rejected, key=lambda item: item.row)
@@ -265,9 +274,12 @@ def _storable(values: np.ndarray) -> bool:
 
 def _same(old: Window, new: Window) -> bool:
     return (old.doc_id, old.row, old.index) == (new.doc_id, new.row, new.index) and all(
-        np.array_equal(one, other, equal_nan=True) if one is not None and other is not None else one is other
+        np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+        if one is not None and other is not None
+        else one is other
         for one, other in (
             (old.tokens, new.tokens),
+            (old.trained, new.trained),
             (old.ref_loss, new.ref_loss),
             (old.ref_entropy, new.ref_entropy),
         )

@@ -203,6 +203,7 @@ def score_here() -> Callable[[Config], Config]:
     """`score_here(config)`: a whole score dataset made in this process, without Ray."""
     from transformers import AutoTokenizer
 
+    from schemas.conversation import templated
     from schemas.fingerprint import dataset_fingerprint
     from schemas.models import local_model
     from schemas.receipt import Layout, write_complete, write_dataset
@@ -212,7 +213,7 @@ def score_here() -> Callable[[Config], Config]:
     def run(config: Config) -> Config:
         layout, model = Layout(config.score.output), local_model(config.score.model)
         layout.make()
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = templated(AutoTokenizer.from_pretrained(model), config.corpus)
         fingerprint = dataset_fingerprint(tokenizer, model, config.corpus, config.context, config.score)
         write_dataset(layout, fingerprint)
         worker = Worker(Job(model, config.corpus, config.context, config.score, fingerprint))

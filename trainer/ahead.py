@@ -67,11 +67,13 @@ class Ahead:
     def _read(self, group: int, places: Sequence[Place]) -> Found:
         first = int(self.ends[group] - self.source.group_sizes[group])
         windows = self.source.read(group, [key - first for _, key in places], self.columns)
-        for (_, key), window in zip(places, windows, strict=True):
-            if len(window.tokens) != self.source.lengths[key]:
+        valid = self.source.valid(np.array([key for _, key in places]))
+        for (_, key), window, count in zip(places, windows, valid, strict=True):
+            found, known = (len(window.tokens), window.valid), (self.source.lengths[key], count)
+            if found != known:
                 raise UserError(
-                    f"row group {group}: window {key - first} holds {len(window.tokens)} tokens, and the index of lengths"
-                    f" says {self.source.lengths[key]}",
+                    f"row group {group}: window {key - first} holds {found[0]} tokens, {found[1]} of which count, and the"
+                    f" index of lengths says {known[0]} and {known[1]}",
                     "delete the file `.lengths` beside the scores",
                 )
         return dict(zip(places, windows, strict=True))

@@ -50,10 +50,9 @@ def choice(
     if chosen:
         return lambda _losses: chosen.masks[index], chosen.counts[index]
     columns = {name: values[None] for name, values in micro.columns.items()}
-    own = [length - 1 for length in micro.batch.lengths]
     return (
         lambda losses: selection.masks(losses[None], columns, micro.batch.owner[None], ranks)[0],
-        selection.own_count(micro.counts, own, ranks),
+        selection.own_count(micro.counts, micro.batch.valid, ranks),
     )
 
 

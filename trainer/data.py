@@ -19,7 +19,7 @@ from schemas.fingerprint import difference
 from schemas.place import Place, each
 from schemas.receipt import Layout, Receipt, read_complete, read_dataset, read_receipts
 from schemas.seal import digest
-from schemas.shard import SCORE_AGAIN, Window, open_shard, read_group, read_lengths, shard_metadata
+from schemas.shard import SCORE_AGAIN, TRAINED, Window, open_shard, read_counts, read_group, shard_metadata
 from trainer.cache import Cache
 from trainer.lengths import indexed
 from trainer.ranks import ALONE, Ranks
@@ -40,8 +40,12 @@ class Source(Protocol):
         """Tokens of each window, int32 [windows], in stored order. Raises UserError naming a shard that is damaged."""
         ...
 
+    def valid(self, keys: np.ndarray) -> np.ndarray:
+        """Tokens that count of the windows of these numbers, int [keys]: all but the first, of conversations the trained."""
+        ...
+
     def index(self, ranks: Ranks) -> None:
-        """Have `lengths` ready, the work shared out over the ranks, each of which must call."""
+        """Have these counts ready, the work shared out over the ranks, each of which must call."""
         ...
 
     def read(
@@ -64,6 +68,7 @@ class ScoreShards:
         scorer = self.dataset["scorer"]
         stored = {"ref_loss": scorer.get("engine", "") is not None, "ref_entropy": bool(scorer.get("entropy"))}
         self.columns = frozenset(name for name, there in stored.items() if there)  # none beside tokens never scored
+        self.conversations = bool(self.dataset["corpus"].get("messages"))
         receipts = read_receipts(layout)
         if not receipts:
             raise UserError(f"{root}: no receipts, so no verified scores", "run `make score`")
@@ -73,7 +78,7 @@ class ScoreShards:
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
         self.tokens = sum(receipt.tokens for receipt in receipts.values())
-        self._lengths: np.ndarray | None = None
+        self._counts: np.ndarray | None = None
 
     def _groups(self, path: Place, receipt: Receipt) -> list["Group"]:
         try:
@@ -92,7 +97,8 @@ class ScoreShards:
                 f"{path}: made with other settings than dataset.json says: {'; '.join(changed)}", SCORE_AGAIN
             )
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        if metadata.unit != receipt.unit or sum(sizes) != receipt.windows:
+        marked = TRAINED in file.schema_arrow.names
+        if metadata.unit != receipt.unit or sum(sizes) != receipt.windows or marked != self.conversations:
             raise UserError(f"{path}: is not the shard that its receipt describes", SCORE_AGAIN)
         rows = (receipt.input_hash, receipt.first_document, receipt.end_document)
         return [Group(path=path, index=index, windows=size, rows=rows) for index, size in enumerate(sizes)]
@@ -100,24 +106,30 @@ class ScoreShards:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each window, int32 [windows], in stored order. Raises UserError naming a shard that is damaged."""
-        if self._lengths is None:
-            self._lengths = self._indexed(ALONE)
-        return self._lengths
+        return self._counted()[0]
+
+    def valid(self, keys: np.ndarray) -> np.ndarray:
+        """Tokens that count of the windows of these numbers, int [keys]: all but the first, of conversations the trained."""
+        return self._counted()[1][keys] if self.conversations else self.lengths[keys] - 1
 
     def index(self, ranks: Ranks) -> None:
-        """Have `lengths` ready: read from beside the scores, or off the shards, of which each rank takes its share."""
-        self._lengths = self._indexed(ranks)
+        """Have the counts ready: read from beside the scores, or off the shards, of which each rank takes its share."""
+        kinds = 2 if self.conversations else 1
+        self._counts = indexed(self.root, self.fingerprint, self.group_sizes, self._counts_of, ranks, kinds)
 
-    def _indexed(self, ranks: Ranks) -> np.ndarray:
-        return indexed(self.root, self.fingerprint, self.group_sizes, self._lengths_of, ranks)
+    def _counted(self) -> np.ndarray:
+        if self._counts is None:
+            self.index(ALONE)
+        assert self._counts is not None
+        return self._counts
 
-    def _lengths_of(self, first: int, end: int) -> Iterator[np.ndarray]:
-        """Lengths of the windows of row groups `first` to `end`, a shard at a time."""
+    def _counts_of(self, first: int, end: int) -> Iterator[np.ndarray]:
+        """Counts of the windows of row groups `first` to `end`, a shard at a time."""
         shards = [list(groups) for _, groups in groupby(self.groups[first:end], key=lambda group: group.path)]
 
         def read(groups: list[Group]) -> np.ndarray:
             file = self._open(groups[0].path)
-            return np.concatenate([read_lengths(group.path, file, group.index) for group in groups])
+            return np.concatenate([read_counts(group.path, file, group.index) for group in groups], axis=1)
 
         with ThreadPoolExecutor(READERS) as readers:
             yield from readers.map(read, shards)

@@ -51,8 +51,17 @@ class Mixture:
     def _lengths(self) -> np.ndarray:
         return np.concatenate([source.lengths for source in self.sources])
 
+    def valid(self, keys: np.ndarray) -> np.ndarray:
+        """Tokens that count of the windows of these numbers."""
+        ends, found = np.cumsum(self.windows), np.empty_like(keys)
+        owners = np.searchsorted(ends, keys, side="right")
+        for number, source in enumerate(self.sources):
+            own = owners == number
+            found[own] = source.valid(keys[own] - (ends[number] - self.windows[number]))
+        return found
+
     def index(self, ranks: Ranks) -> None:
-        """Have `lengths` ready, the work shared out over the ranks."""
+        """Have the counts ready, the work shared out over the ranks."""
         for source in self.sources:
             source.index(ranks)
 

@@ -39,8 +39,12 @@ class References:
         """Tokens of each window, int32 [windows]."""
         return self.datasets[0].lengths
 
+    def valid(self, keys: np.ndarray) -> np.ndarray:
+        """Tokens that count of the windows of these numbers."""
+        return self.datasets[0].valid(keys)
+
     def index(self, ranks: Ranks) -> None:
-        """Have `lengths` ready, the work shared out over the ranks."""
+        """Have the counts ready, the work shared out over the ranks."""
         self.datasets[0].index(ranks)
 
     def read(

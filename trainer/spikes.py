@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from schemas.batch import IGNORE
 from trainer.ranks import Ranks
 from trainer.stream import MicroBatch
 
@@ -33,9 +34,10 @@ def worst(micros: Sequence[MicroBatch], losses: Sequence[torch.Tensor], ranks: R
     """
     found: list[dict[str, Any]] = []
     for micro, values in zip(micros, losses, strict=True):
-        values = values.cpu()
+        values, counted = values.cpu(), (micro.batch.targets != IGNORE).cpu()
         for placed, place in zip(micro.placed, micro.batch.places, strict=True):
-            mean = float(values[place.row, place.predicted].double().mean()) if place.length > 1 else 0.0
+            own = values[place.row, place.predicted][counted[place.row, place.predicted]]
+            mean = float(own.double().mean()) if len(own) else 0.0
             window = placed.window
             who = {"doc_id": window.doc_id, "row": window.row, "window": window.index}
             found.append(who | {"loss": mean if abs(mean) < float("inf") else None})

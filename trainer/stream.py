@@ -154,26 +154,28 @@ def plans(order: Order, geometry: Geometry, position: int) -> Iterator[Plan]:
     filler, parts = RowFiller(geometry.rows, geometry.row_tokens, geometry.alone), []
     for place, stretch in order.stretches(position):
         lengths, start = order.source.lengths[stretch.keys], 0
-        numbers = lengths.tolist()
+        valid, numbers = order.source.valid(stretch.keys), lengths.tolist()
         while start < len(stretch):
             rows = filler.fill(numbers, start)
             end = start + len(rows)
-            parts.append((stretch[start:end], lengths[start:end], np.array(rows, dtype=np.int32)))
+            parts.append((stretch[start:end], lengths[start:end], valid[start:end], np.array(rows, dtype=np.int32)))
             if end < len(stretch):  # the next one fits nowhere
-                windows, sizes, rows = zip(*parts, strict=True)
-                taken = Stretch.join(windows), np.concatenate(sizes), np.concatenate(rows)
-                yield _plan(*taken, geometry, place + end)
+                windows, *counted = zip(*parts, strict=True)
+                sizes, counts, rows = map(np.concatenate, counted)
+                yield _plan(Stretch.join(windows), sizes, counts, rows, geometry, place + end)
                 filler, parts = RowFiller(geometry.rows, geometry.row_tokens, geometry.alone), []
             start = end
 
 
-def _plan(windows: Stretch, lengths: np.ndarray, rows: np.ndarray, geometry: Geometry, position: int) -> Plan:
+def _plan(
+    windows: Stretch, lengths: np.ndarray, valid: np.ndarray, rows: np.ndarray, geometry: Geometry, position: int
+) -> Plan:
     """Cut a step's rows: micro-batch after micro-batch, each rank's rows side by side.
 
     Example, 8 rows, micro_rows 2, two ranks: rank 0 runs rows 0 1, then 4 5; rank 1 runs rows 2 3, then 6 7.
     """
     by_row = np.argsort(rows, kind="stable")
-    counts = lengths[by_row] - 1
+    counts = valid[by_row]
     # Of the windows by row, where each row begins, and where the last one ends.
     first = np.searchsorted(rows[by_row], np.arange(geometry.rows + 1)).tolist()
     shares = []
@@ -219,7 +221,8 @@ def _micro_batch(share: Share, ahead: Ahead, order: Order, row_tokens: int) -> M
     placed = ahead.take(share.own)
     edges = np.cumsum([0, *share.sizes]).tolist()
     rows = [range(start, end) for start, end in pairwise(edges)]
-    batch = collate([item.window.tokens for item in placed], rows, row_tokens)
+    trained = [item.window.trained for item in placed]
+    batch = collate([item.window.tokens for item in placed], rows, row_tokens, trained)
     columns = {name: batch.spread([column(name, item, order.seed) for item in placed]) for name in order.columns}
     return MicroBatch(batch=batch, columns=columns, counts=share.counts.tolist(), placed=placed)
 

@@ -23,6 +23,7 @@ from schemas.shard import (
     Window,
     encode_shard,
     open_shard,
+    read_counts,
     read_group,
     read_windows,
     shard_metadata,
@@ -290,3 +291,35 @@ def test_every_refusal_names_the_shard_and_the_way_on(tmp_path: Path) -> None:
     place = table.schema.get_field_index("token_hash")
     pq.write_table(table.set_column(place, table.schema.field(place), pa.array(np.zeros(3, np.uint64))), path)
     refuses(partial(read_group, path, open_shard(path), 0), r".*tokens do not match token_hash in 3 rows")
+
+
+def talks(count):
+    """Windows of conversations: of every second one its last two tokens are trained on, of the others one."""
+    found = []
+    for window in make_windows(count, True):
+        trained = np.zeros(len(window.tokens), dtype=bool)
+        trained[-(2 - window.row % 2) :] = True
+        trained[0] = False
+        found.append(replace(window, trained=trained))
+    return found
+
+
+@pytest.mark.parametrize("losses", [True, False])
+def test_windows_of_conversations_keep_which_tokens_are_trained_on(tmp_path, losses):
+    path, windows = tmp_path / "a.parquet", talks(40)
+    path.write_bytes(encode_shard(windows, shard_schema(500, losses, losses, trained=True), METADATA))
+    file = open_shard(path, losses)
+    again = read_group(path, file, 0, columns=())
+    assert [window.trained.tolist() for window in again] == [window.trained.tolist() for window in windows]
+    lengths, trained = read_counts(path, file, 0)
+    assert lengths.tolist() == [len(window.tokens) for window in windows]
+    assert trained.tolist() == [window.valid for window in windows] == [int(w.trained.sum()) for w in windows]
+
+
+@pytest.mark.parametrize("wrong", [lambda mask: mask[1:], lambda mask: ~mask])
+def test_trained_must_be_as_long_as_the_tokens_and_never_hold_the_first(tmp_path, wrong):
+    path, windows = tmp_path / "a.parquet", talks(5)
+    windows[3] = replace(windows[3], trained=wrong(windows[3].trained))
+    path.write_bytes(encode_shard(windows, shard_schema(500, True, trained=True), METADATA))
+    with pytest.raises(UserError, match="trained is not as long as tokens, or holds the first of them"):
+        read_group(path, open_shard(path), 0)

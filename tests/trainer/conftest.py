@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline.train import open_scores, source_of
+from schemas.conversation import templated
 from schemas.models import open_tokenizer
 from tests.helpers import PATIENCE_SECONDS
 from trainer.loop import Run, train
@@ -21,7 +22,7 @@ def train_here():
         settings = config.train.model_copy(update=fields)
         base = Path(config.base)
         alone = Ranks(0, 1, torch.device("cpu"))
-        tokenizer = open_tokenizer(base, "base")
+        tokenizer = templated(open_tokenizer(base, "base"), config.corpus)
         config = config.model_copy(update={"train": settings})
         source = source_of(config, open_scores(config), tokenizer)
         final = train(Run(settings, config.context, base, source, tokenizer, alone, evaluate))

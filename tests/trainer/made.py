@@ -15,8 +15,12 @@ class Made:
         self.groups, self.columns, self.fingerprint = groups, frozenset(columns), fingerprint
         self.group_sizes = np.array([len(group) for group in groups], dtype=np.int64)
         self.lengths = np.array([len(window.tokens) for group in groups for window in group], dtype=np.int32)
+        self.counted = np.array([window.valid for group in groups for window in group], dtype=np.int32)
         self.tokens = int(self.lengths.sum())
         self.reads = []  # the group and the number of its windows of each call
+
+    def valid(self, keys):
+        return self.counted[keys]
 
     def index(self, ranks):
         pass

@@ -16,9 +16,13 @@ from transformers import AutoModelForCausalLM
 
 @dataclass
 class Piece:
-    """A window: its tokens, its stored losses and entropies (NaN first), and the draws of the random control."""
+    """A window, and of those of its tokens that count stored losses and entropies, and the draws of the random control.
+
+    All count but the first one, of a conversation those that are trained on.
+    """
 
     tokens: torch.Tensor
+    counted: torch.Tensor
     ref_loss: torch.Tensor
     ref_entropy: torch.Tensor
     chance: torch.Tensor
@@ -29,7 +33,7 @@ def windows_in_order(root, seed, shuffle_groups, epochs):
     for path in sorted((root / "units").glob("*.parquet")):
         file = pq.ParquetFile(path)
         for number in range(file.num_row_groups):
-            rows = file.read_row_group(number, columns=["tokens", "ref_loss", "ref_entropy"]).to_pylist()
+            rows = file.read_row_group(number).to_pylist()
             groups.append([(key + i, row) for i, row in enumerate(rows)])
             key += len(rows)
     order = []
@@ -41,7 +45,11 @@ def windows_in_order(root, seed, shuffle_groups, epochs):
             for key_, row in (block[i] for i in rng.permutation(len(block))):
                 draws = np.random.default_rng([seed, 0x5EED, epoch, key_]).random(len(row["tokens"]), dtype=np.float32)
                 stored = [torch.tensor(row[name], dtype=torch.float32) for name in ("ref_loss", "ref_entropy")]
-                order.append(Piece(torch.tensor(row["tokens"]), *stored, torch.from_numpy(draws)))
+                tokens, counted = torch.tensor(row["tokens"]), torch.ones(len(draws), dtype=torch.bool)
+                if "trained" in row:
+                    counted = torch.tensor(row["trained"])
+                columns = [values[1:][counted[1:]] for values in (*stored, torch.from_numpy(draws))]
+                order.append(Piece(tokens, counted[1:], *columns))
     return order, key
 
 
@@ -77,10 +85,10 @@ def best(scores, keep):
 
 
 SCORES = {
-    "slm": [lambda losses, piece: losses.detach() - piece.ref_loss[1:]],
-    "random": [lambda losses, piece: piece.chance[1:]],
-    "self-ref-loss": [lambda losses, piece: -piece.ref_loss[1:]],
-    "self-ref-entropy": [lambda losses, piece: -piece.ref_entropy[1:]],
+    "slm": [lambda losses, piece: losses.detach() - piece.ref_loss],
+    "random": [lambda losses, piece: piece.chance],
+    "self-ref-loss": [lambda losses, piece: -piece.ref_loss],
+    "self-ref-entropy": [lambda losses, piece: -piece.ref_entropy],
 }
 SCORES["self-ref-both"] = SCORES["self-ref-loss"] + SCORES["self-ref-entropy"]
 
@@ -135,7 +143,7 @@ def oracle(base: Path, scores: Path, config, window: int, ranked_rows: int):
         kept, dropped, thresholds = [], [], []
         for start in range(0, size, ranked_rows):
             pieces = [piece for row in filled[start : start + ranked_rows] for piece in row]
-            live = [losses_alone(model, piece.tokens, config.dtype) for piece in pieces]
+            live = [losses_alone(model, piece.tokens, config.dtype)[piece.counted] for piece in pieces]
             masks, ranked = selected(config, live, pieces)
             for number, (losses, mask) in enumerate(zip(live, masks, strict=True)):
                 kept += [loss for loss, keep in zip(losses, mask, strict=True) if keep]

@@ -5,13 +5,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipeline.train import open_scores, source_of
+from schemas.conversation import templated
 from schemas.models import open_tokenizer
 from trainer.loop import Run, train
 from trainer.ranks import Ranks
 
 
 def run_job(config, settings, base, ranks):
-    tokenizer = open_tokenizer(base, "base")
+    tokenizer = templated(open_tokenizer(base, "base"), config.corpus)
     config = config.model_copy(update={"train": settings})
     source = source_of(config, open_scores(config), tokenizer)
     return train(Run(settings, config.context, base, source, tokenizer, ranks))

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -84,9 +83,6 @@ def pooled(found: dict[str, Any], names: list[str], column: Column) -> Figure:
 
 def _harness() -> Any:
     """lm-eval's evaluator. Raises UserError where it is not installed."""
-    # The harness would otherwise draw a bar over what is piped into a file.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         from lm_eval import evaluator
     except ImportError as error:
@@ -161,11 +157,7 @@ def _open_vllm(folder: Path) -> Any:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
-        import vllm
-        from vllm.platforms import current_platform
-
-        current_platform.device_type  # found out now, by the same question that is answered below
-        with _named(vllm.__version__):
+        with _named_for_cpus():
             from lm_eval.models import vllm_causallms
     except ImportError as error:
         raise UserError(
@@ -186,10 +178,19 @@ def _open_vllm(folder: Path) -> Any:
 
 
 @contextmanager
-def _named(found: str) -> Iterator[None]:
-    """lm-eval asks for the version of a package `vllm`; what runs on a CPU is vLLM by another package's name."""
+def _named_for_cpus() -> Iterator[None]:
+    """lm-eval asks for the version of a package `vllm`; built for CPUs it is the package `vllm-cpu`."""
     asked = metadata.version
-    metadata.version = lambda name: found if name == "vllm" else asked(name)
+
+    def version(name: str) -> str:
+        try:
+            return asked(name)
+        except metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return f"{asked('vllm-cpu')}+cpu"
+
+    metadata.version = version
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ def fetched(folder: Path | None, held_out: Evaluation) -> Iterator[dict[str, str
             if folder is not None:
                 sources[path] = str(folder / path)
                 return _mirrored(load, folder, path, name, options)
-            found = load(path, name, revision=REVISIONS.get(path), **options)
+            found = load(path, name, **({"revision": REVISIONS.get(path)} | options))
         except UserError:
             raise
         except Exception as error:  # what the network, the hub's client and Arrow raise has no common base

@@ -25,6 +25,7 @@ from pipeline.suite.suites import Column, Suite
 from pipeline.suite.tasks import TASKS
 from schemas.config import load_config
 
+ROUNDING = 1e-4  # of a perplexity: float32 products in another order
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn")
 THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells")
 FILES = {"arc_easy": "arc/arc_easy.yaml", "asdiv": "asdiv/default.yaml", "gsm8k_cot": "gsm8k/gsm8k-cot.yaml"}
@@ -32,6 +33,7 @@ COLUMNS = (
     Column("ranked, acc", "arc_easy", "acc,none", 0),
     Column("ranked, acc_norm", "arc_easy", "acc_norm,none", 0),
     Column("likelihood, greedy", "asdiv", "acc,none", 0),
+    Column("likelihood, perplexity", "asdiv", "perplexity,none", 0, percent=False),
     Column("generated, last number", "gsm8k_cot", "exact_match,flexible-extract", 8),
     Column("generated, said", "gsm8k_cot", "exact_match,strict-match", 8),
 )
@@ -95,6 +97,9 @@ def described(folder: Path, found: list[dict[str, Any]], new_tokens: int) -> Pat
             "validation_split": None if raw.get("test_split") else split,
             "num_fewshot": next(column.shots for column in COLUMNS if column.task == task),
         }  # fmt: skip
+        if task == "asdiv":  # beside whether an answer is the likeliest text: how likely it is
+            measure = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+            raw["metric_list"] = [*raw["metric_list"], measure]
         if "generation_kwargs" in raw:
             raw["generation_kwargs"]["max_gen_toks"] = new_tokens
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(raw))
@@ -134,9 +139,13 @@ def main(
         )
     different = 0
     for column in COLUMNS:
-        one, other = ours[column.title]["value"], 100 * theirs[f"own_{column.task}"][column.metric]
-        different += abs(one - other) > 1e-9
-        print(f"{column.title:24} {one:8.3f} {other:8.3f}  {'equal' if abs(one - other) <= 1e-9 else 'DIFFERENT'}")
+        one, other = (
+            ours[column.title]["value"],
+            theirs[f"own_{column.task}"][column.metric] * (100 if column.percent else 1),
+        )
+        equal = abs(one - other) <= (1e-9 if column.percent else ROUNDING * other)
+        different += not equal
+        print(f"{column.title:24} {one:12.5f} {other:12.5f}  {'equal' if equal else 'DIFFERENT'}")
     raise typer.Exit(int(different > 0))
 
 

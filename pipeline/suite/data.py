@@ -38,7 +38,7 @@ def fetched(folder: Path | None, held_out: Evaluation) -> Iterator[dict[str, str
     import datasets
 
     sources: dict[str, str] = {}
-    load = datasets.load_dataset
+    load: Any = datasets.load_dataset
 
     def load_ours(path: str, name: str | None = None, **options: Any) -> Any:
         if path == DEMO:

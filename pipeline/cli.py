@@ -20,8 +20,6 @@ from schemas.place import Place, to_place
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-if not sys.stderr.isatty():
-    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars, where nobody sees them move
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -86,6 +86,7 @@ def test_the_readmes_layout_names_every_folder() -> None:
         "CONTRIBUTING.md",
         "docs/architecture.md",
         "docs/cluster.md",
+        "docs/evaluation.md",
         "docs/experiments.md",
         "docs/families.md",
         "docs/object-stores.md",

@@ -17,6 +17,7 @@ from pipeline.grading import final_answer, same_answer
 from pipeline.heldout import Continuations, read_rows
 from pipeline.progress import bar, console
 from pipeline.ranking import Ranking
+from pipeline.responses import ResponseLoss
 from schemas.config import Config, Context
 from schemas.errors import UserError
 from schemas.models import local_model, open_model, open_tokenizer, positions
@@ -57,11 +58,13 @@ class HeldOutLosses:
 
     def __init__(self, config: Config, tokenizer: Any):
         named = {"target": config.eval.target, "validation": config.eval.validation}
-        self.sets = [
+        self.sets: list[TargetLoss | ResponseLoss] = [
             TargetLoss(path, tokenizer, config.context, config.eval.batch_tokens, name)
             for name, path in named.items()
             if path
         ]
+        if config.eval.conversations:
+            self.sets.append(ResponseLoss(config.eval.conversations, tokenizer, config))
 
     def __call__(self, live: Live) -> dict[str, float]:
         """The figures of all sets."""
@@ -81,7 +84,7 @@ def evaluate_models(config: Config, models: list[str], show: bool = True) -> lis
 
     Then they are also kept in `train.output`, for the report. `show`: progress is shown.
     """
-    if not (config.eval.target or config.eval.problems or config.eval.choices):
+    if not (config.eval.target or config.eval.conversations or config.eval.problems or config.eval.choices):
         raise UserError("field `eval`: nothing to evaluate on", "give eval.target, eval.problems or eval.choices")
     rows = []
     with bar("evaluate", show) as progress:

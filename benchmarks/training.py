@@ -40,6 +40,7 @@ from schemas.config import Context, Train
 from schemas.loss import batch_losses
 from schemas.models import open_model
 from trainer.checkpoint import State
+from trainer.kept import carry_kept
 from trainer.live import Live
 from trainer.loop import Run, optimize
 from trainer.optimizer import adamw
@@ -52,6 +53,8 @@ OURS = {
     "clm": {"objective": "clm"},
     "slm, keep 0.6": {"objective": "slm", "keep": KEEP},
     "slm, keep 0.3": {"objective": "slm", "keep": 0.3},
+    "slm, keep 0.6, backward kept": {"objective": "slm", "keep": KEEP, "backward": "kept"},
+    "slm, keep 0.3, backward kept": {"objective": "slm", "keep": 0.3, "backward": "kept"},
     "slm, keep 0.6, live reference": {"objective": "slm", "keep": KEEP},
 }
 LOOP, TRAINER = "a plain loop, full logits", "a Hugging Face Trainer, full logits"
@@ -97,7 +100,9 @@ class Bench:
         if "live" not in arm:
             stored = {id(batch): self.scored(batch) for batch in self.batches}
             losses = lambda batch: stored[id(batch)]  # noqa: E731
-        return self.timed(partial(self.ours, settings(self.dtype, **OURS[arm]), losses))
+        config = settings(self.dtype, **OURS[arm])
+        run = self.timed(partial(self.ours, config, losses))
+        return partial(self.by_kept, run) if config.backward == "kept" else run
 
     @torch.no_grad()
     def scored(self, batch: Batch) -> torch.Tensor:
@@ -130,6 +135,17 @@ class Bench:
         nothing: Any = None
         run = Run(config, Context(), Path(), nothing, None, Ranks(0, 1, self.device))
         optimize(self.live, self.optimizer, step, run, State(0, 0, 0, 0, {}), RATE)
+
+    def by_kept(self, run: Callable[[], float]) -> float:
+        """A step while the one model goes back through kept tokens alone."""
+        otherwise = self.plain()
+        self.live.kept = carry_kept(self.live.model)
+        try:
+            return run()
+        finally:
+            self.live.kept = None
+            with otherwise:
+                pass  # after it products are as they were before
 
     def by_loop(self, batch: Batch) -> None:
         """The community's step in a plain loop."""

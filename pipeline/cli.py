@@ -290,11 +290,17 @@ def eval_(
     models: Annotated[list[str] | None, typer.Argument(help="Model folders; default: all the experiment made.")] = None,
     config: ConfigOption = DEMO,
     set_: SetOption = None,
+    tool: Annotated[
+        bool, typer.Option("--tool", help="Answer problems with a Python tool too; its programs run in a sandbox.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="With --tool: times that the model may write.")] = 4,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a model.")] = False,
     suite: Annotated[
         str | None, typer.Option(help="Few-shot tasks by lm-eval instead: math9, general15 (the paper's), demo.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="With --suite: hf or vllm.")] = "hf",
+    backend: Annotated[
+        str, typer.Option(help="What writes answers: hf, or vllm in an environment that has it.")
+    ] = "hf",
     limit: Annotated[int | None, typer.Option(min=1, help="With --suite: only so many rows of each task.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="With --suite: folder of data sets, <organisation>/<name>, for the hub's.")
@@ -310,9 +316,9 @@ def eval_(
         from pipeline.suite.run import run_suite
 
         return run_suite(loaded, models or [], suite, backend, limit, data, json_, output, follow)
-    from pipeline.evaluate import evaluate_models, print_figures
+    from pipeline.evaluate import Asking, evaluate_models, print_figures
 
-    rows = evaluate_models(loaded, models or [], show=not json_)
+    rows = evaluate_models(loaded, models or [], show=not json_, asking=Asking(backend, tool, rounds))
     if json_:
         sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows))
     else:

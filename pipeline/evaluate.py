@@ -5,6 +5,8 @@ Full-token perplexity gets worse under selective training by design, so nothing 
 
 import json
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from pipeline.generate import Generator, HuggingFace
+from pipeline.generate import Generator, HuggingFace, Vllm
 from pipeline.grading import final_answer, same_answer
 from pipeline.heldout import Continuations, read_rows
 from pipeline.progress import bar, console
 from pipeline.ranking import Ranking
 from pipeline.responses import ResponseLoss
+from pipeline.sandbox import Sandbox
+from pipeline.tool_use import ROUNDS, solve
 from schemas.config import Config, Context
 from schemas.errors import UserError
 from schemas.models import local_model, open_model, open_tokenizer, positions
@@ -27,6 +31,10 @@ from trainer.live import Live
 
 NEXT_PROBLEM = "\nProblem:"  # base models go on to pose one
 FIGURES = "evaluation.json"  # in train.output
+WITH_TOOL = (
+    "with Python: exact match where the model may have programs run; answers whose last program ended without an error;"
+    " times that the model wrote, on average"
+)
 
 
 class TargetLoss:
@@ -73,26 +81,67 @@ class HeldOutLosses:
 
 def exact_match(generator: Generator, config: Config) -> dict[str, float]:
     """Share of held-out problems whose greedy answer ends in the right value, and how many were asked."""
-    problems = read_rows(config.eval.problems or Path(), "eval.problems", ("prompt", "answer"))
-    texts = generator.complete([row["prompt"] for row in problems], [NEXT_PROBLEM], config.eval.new_tokens)
-    right = sum(same_answer(final_answer(text), str(row["answer"])) for text, row in zip(texts, problems, strict=True))
-    return {"exact_match": right / max(1, len(problems)), "problems": len(problems)}
+    prompts, golds = read_problems(config)
+    texts = generator.complete(prompts, [NEXT_PROBLEM], config.eval.new_tokens)
+    return {"exact_match": share_right(map(final_answer, texts), golds), "problems": len(golds)}
 
 
-def evaluate_models(config: Config, models: list[str], show: bool = True) -> list[dict[str, Any]]:
+def tool_match(generator: Generator, sandbox: Sandbox, config: Config, rounds: int) -> dict[str, float]:
+    """The same with a Python tool; also the share of answers whose last program ran without an error, and mean rounds."""
+    prompts, golds = read_problems(config)
+    answers = solve(generator, sandbox, prompts, config.eval.new_tokens, rounds, [NEXT_PROBLEM])
+    count = max(1, len(answers))
+    return {
+        "tool_match": share_right((one.final() for one in answers), golds),
+        "tool_problems": len(golds),
+        "tool_ran": sum(one.ran() for one in answers) / count,
+        "tool_rounds": sum(one.rounds for one in answers) / count,
+    }
+
+
+def read_problems(config: Config) -> tuple[list[str], list[str]]:
+    """Prompts and right answers of `eval.problems`."""
+    rows = read_rows(config.eval.problems or Path(), "eval.problems", ("prompt", "answer"))
+    return [row["prompt"] for row in rows], [str(row["answer"]) for row in rows]
+
+
+def share_right(answers: Iterable[str], golds: list[str]) -> float:
+    """Share of answers worth the right ones."""
+    return sum(map(same_answer, answers, golds)) / max(1, len(golds))
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How problems are put to models: by which `backend` (hf, vllm), and also with a Python `tool`, in so many rounds."""
+
+    backend: str = "hf"
+    tool: bool = False
+    rounds: int = ROUNDS
+
+
+def evaluate_models(
+    config: Config, models: list[str], show: bool = True, asking: Asking | None = None
+) -> list[dict[str, Any]]:
     """Figures of models; without names, of the base, the reference and every finished arm.
 
-    Then they are also kept in `train.output`, for the report. `show`: progress is shown.
+    Then they are also kept in `train.output`, for the report. `show`: progress is shown. Raises UserError before the
+    first model is opened if there is nothing to evaluate on, or no sandbox for the tool's programs.
     """
+    asking = asking or Asking()
     if not (config.eval.target or config.eval.conversations or config.eval.problems or config.eval.choices):
         raise UserError("field `eval`: nothing to evaluate on", "give eval.target, eval.problems or eval.choices")
+    if asking.backend not in ("hf", "vllm"):
+        raise UserError(f"--backend {asking.backend}: is neither hf nor vllm", "choose one")
+    if asking.tool and not config.eval.problems:
+        raise UserError("--tool: there are no problems to answer", "give eval.problems")
+    sandbox = Sandbox() if asking.tool else None
     rows = []
     with bar("evaluate", show) as progress:
         chosen = chosen_models(config, models)
         for number, name in enumerate(chosen):
             progress.update(number / len(chosen), name)
             with as_model(local_model(name)) as folder:
-                rows.append({"model": name, **evaluate_model(config, folder)})
+                rows.append({"model": name, **evaluate_model(config, folder, asking, sandbox)})
     if not models:
         write_atomic(config.train.output / FIGURES, (json.dumps(rows, indent=1) + "\n").encode())
     return rows
@@ -106,10 +155,11 @@ def chosen_models(config: Config, models: list[str]) -> list[str]:
 
 def print_figures(rows: list[dict[str, Any]]) -> None:
     """The figures of models as a table."""
-    table = Table("model", "nats/token", "bits/byte", "exact match", "acc", "acc_norm")
-    for row in rows:
+    columns, cells = on_problems(rows)
+    table = Table("model", "nats/token", "bits/byte", *columns)
+    for row, found in zip(rows, cells, strict=True):
         table.add_row(row["model"], f"{row.get('target_loss', float('nan')):.3f}",
-                      f"{row.get('target_bits_per_byte', float('nan')):.3f}", *on_problems(row))  # fmt: skip
+                      f"{row.get('target_bits_per_byte', float('nan')):.3f}", *found)  # fmt: skip
     console.print(table)
     if any("acc" in row for row in rows):
         row = next(row for row in rows if "acc" in row)
@@ -117,25 +167,57 @@ def print_figures(rows: list[dict[str, Any]]) -> None:
             f"acc: the right answer is likelier than its distractors; acc_norm: by the mean of a token. {row['ranked']}"
             f" problems, ± one standard error; guessing gives {row['chance']:.1%}"
         )
+    if any("tool_match" in row for row in rows):
+        console.print(WITH_TOOL)
 
 
-def on_problems(row: dict[str, Any]) -> list[str]:
-    """What a model did with problems, in words: exact match, then accuracy of ranking by sum and by mean."""
-    match = f"{row['exact_match']:.1%} of {row['problems']}" if "exact_match" in row else "-"
-    kinds = ("acc", "acc_norm")
-    return [match, *(f"{row[kind]:.1%} ± {row[f'{kind}_stderr']:.1%}" if kind in row else "-" for kind in kinds)]
+def on_problems(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What models did with problems, in words: names of the columns, and a row of cells each.
+
+    Exact match, with a Python tool (if any was asked so), accuracy of ranking by sum and by mean.
+    """
+    columns = ["exact match", "with Python", "acc", "acc_norm"]
+    cells = [[plain_match(row), match_with_tool(row), ranked(row, "acc"), ranked(row, "acc_norm")] for row in rows]
+    if all("tool_match" not in row for row in rows):
+        columns, cells = columns[:1] + columns[2:], [row[:1] + row[2:] for row in cells]
+    return columns, cells
 
 
-def evaluate_model(config: Config, folder: Path) -> dict[str, float]:
-    """Every held-out figure of one checkpoint, in float32."""
+def plain_match(row: dict[str, Any]) -> str:
+    """Exact match in words."""
+    return f"{row['exact_match']:.1%} of {row['problems']}" if "exact_match" in row else "-"
+
+
+def match_with_tool(row: dict[str, Any]) -> str:
+    """Exact match with a Python tool in words."""
+    if "tool_match" not in row:
+        return "-"
+    return f"{row['tool_match']:.1%}, ran {row['tool_ran']:.0%}, {row['tool_rounds']:.1f} rounds"
+
+
+def ranked(row: dict[str, Any], kind: str) -> str:
+    """An accuracy of ranking in words."""
+    return f"{row[kind]:.1%} ± {row[f'{kind}_stderr']:.1%}" if kind in row else "-"
+
+
+def evaluate_model(
+    config: Config, folder: Path, asking: Asking | None = None, sandbox: Sandbox | None = None
+) -> dict[str, float]:
+    """Every held-out figure of one checkpoint, in float32; with a `sandbox`, of answers with a Python tool as well."""
+    asking = asking or Asking()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     opened = open_model(folder, "model", config.context.window, device=device)
     tokenizer = open_tokenizer(folder, "model")
     figures = HeldOutLosses(config, tokenizer)(Live(opened))
     if config.eval.choices:
         figures |= Ranking(config.eval.choices, tokenizer, config.context, config.eval.batch_tokens)(Live(opened))
-    if config.eval.problems:
-        limit = positions(folder, "model")
+    if not config.eval.problems:
+        return figures
+    limit = positions(folder, "model")
+    if asking.backend == "vllm":
+        del opened  # vLLM takes what memory there is
+        generator: Generator = Vllm(folder, tokenizer, config.context, limit)
+    else:
         generator = HuggingFace(opened.module, tokenizer, config.context, limit, config.eval.batch_tokens)
-        figures |= exact_match(generator, config)
-    return figures
+    figures |= exact_match(generator, config)
+    return figures | (tool_match(generator, sandbox, config, asking.rounds) if sandbox else {})

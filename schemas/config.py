@@ -174,6 +174,10 @@ class Train(Section):
         description="full: layers keep their input alone and run again in the backward; selective: they keep the results of"
         " products and attention too",
     )
+    backward: Literal["full", "kept"] = Field(
+        default="full",
+        description="kept: through the layers too only kept tokens carry gradients. Faster, and an approximation",
+    )
     compile: bool = Field(
         default=False, description="compile the model's layers: a slower start, faster steps on a GPU"
     )
@@ -200,6 +204,12 @@ class Train(Section):
         if steps and not 1 <= steps[0] < steps[1]:
             raise ValueError("give the first step (1 or more) and the one after the last")
         return steps
+
+    @model_validator(mode="after")
+    def _one_way_back(self) -> "Train":
+        if self.backward == "kept" and self.compile:
+            raise ValueError("`backward: kept` has another shape every step, which `compile` cannot take: choose one")
+        return self
 
     @model_validator(mode="after")
     def _one_data(self) -> "Train":

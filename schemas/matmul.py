@@ -30,12 +30,15 @@ class Weights:
         every = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
         return cls(every - head.numel() - (0 if embedding is head else embedding.numel()), head.numel())
 
-    def step_flops(self, tokens: int, selected: int) -> float:
+    def step_flops(self, tokens: int, selected: int, carried: int | None = None) -> float:
         """FLOPs of an optimizer step: 2 a parameter and token forward, 4 back, through the head for selected tokens alone.
+
+        carried: tokens that carry gradients through the body; None: all of them.
 
         Attention's own products, what is computed again and a forward more (scope `step`) are left out.
         """
-        return 6.0 * self.body * tokens + self.head * (2.0 * tokens + 4.0 * selected)
+        carried = tokens if carried is None else carried
+        return self.body * (2.0 * tokens + 4.0 * carried) + self.head * (2.0 * tokens + 4.0 * selected)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ PyTorch's build and of dtype and device, not of the processor: a dataset's worke
 as they are: oneDNN reorders them a block at a time, which costs 4 % at a thousand rows and no memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -90,12 +90,24 @@ def _narrow_factors() -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def install(module: nn.Module) -> None:
-    """Have a model's plain linear layers multiply so; layers of any other kind, and such as others changed, stay."""
-    for layer in module.modules():
-        if type(layer) is nn.Linear and "forward" not in vars(layer):
-            vars(layer)["forward"] = partial(_forward, layer)
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # as `product`
 
 
-def _forward(layer: Any, rows: torch.Tensor) -> torch.Tensor:
-    return product(rows, layer.weight, layer.bias)
+def install(module: nn.Module, multiply: Multiply = product) -> int:
+    """Have a model's plain linear layers multiply so; layers of any other kind, and such as others changed, stay.
+
+    Returns how many there are.
+    """
+    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and _is_plain(layer)]
+    for layer in layers:
+        vars(layer)["forward"] = partial(_forward, layer, multiply)
+    return len(layers)
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    forward = vars(layer).get("forward")
+    return forward is None or getattr(forward, "func", None) is _forward
+
+
+def _forward(layer: Any, multiply: Multiply, rows: torch.Tensor) -> torch.Tensor:
+    return multiply(rows, layer.weight, layer.bias)

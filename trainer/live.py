@@ -15,6 +15,7 @@ from schemas.errors import UserError
 from schemas.forward import Opened, decoder_layers, forward
 from schemas.loss import losses_of_logits
 from trainer.head import Choose, KeptLoss
+from trainer.kept import KeptRows, carry_kept
 
 
 class Judged(NamedTuple):
@@ -33,11 +34,12 @@ def choose_none(losses: torch.Tensor) -> torch.Tensor:
 class Live(nn.Module):
     """A causal LM that returns (sum of kept losses, losses [rows, row_tokens], mask) instead of logits."""
 
-    def __init__(self, opened: Opened):
-        """`opened.compute` is the dtype of the forward's products; parameters keep theirs."""
+    def __init__(self, opened: Opened, backward: str = "full"):
+        """`opened.compute` is the dtype of the forward's products; parameters keep theirs. `backward`: `train.backward`."""
         super().__init__()
         self.model = opened.module
         self.opened = opened
+        self.kept: KeptRows | None = carry_kept(opened.module) if backward == "kept" else None
         self.compiled = False  # `trainer.compiled`
 
     def forward(self, batch: Batch, choose: Choose, count: int | None = None) -> Judged:
@@ -63,6 +65,8 @@ class Live(nn.Module):
             losses = losses_of_logits(output, targets).loss
             mask = choose(losses.detach().view_as(batch.targets)).flatten()
             loss_sum = torch.where(mask, losses, 0.0).sum()
+        if self.kept:
+            self.kept.set(mask, count)
         return Judged(loss_sum, losses.detach().view_as(batch.targets), mask.view_as(batch.targets))
 
 

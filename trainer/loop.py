@@ -173,7 +173,8 @@ def loop(
         selected, seconds = int(row.pop("selected")), time.perf_counter() - started
         state = advance(state, step, selected, row["grad_norm"])
         row |= figures(run, state, step, rate, seconds, waited)
-        row["mfu"] = weights.step_flops(step.tokens, selected) / (seconds * peak)
+        carried = selected if config.backward == "kept" else step.tokens
+        row["mfu"] = weights.step_flops(step.tokens, selected, carried) / (seconds * peak)
         if log:
             log.write("train", state.step, row)
             if spike:
@@ -253,7 +254,7 @@ def build(run: Run, saved: Path | None) -> tuple[Live, torch.optim.Optimizer]:
     )
     if run.config.recompute != "none":
         recompute(opened.module, run.config.recompute)
-    live = Live(opened)
+    live = Live(opened, run.config.backward)
     if run.config.compile:
         compile_live(live)
     live = parallelize(live, run.ranks.mesh(run.config.shard_ranks))

@@ -1,7 +1,8 @@
 """What a run costs, reference and scoring counted, and how soon one curve reaches another's end.
 
 The unit is the live model's forward pass over one token. A backward pass costs two, so training costs three; scope `step`
-and `slm` together need one more forward, to rank the whole step. A reference of another size counts by its parameters.
+and `slm` together need one more forward, to rank the whole step; with `train.backward: kept` the backward is over kept
+tokens alone. A reference of another size counts by its parameters.
 """
 
 import json
@@ -17,7 +18,7 @@ from schemas.receipt import Layout, read_receipts
 from trainer.metrics import read_metrics
 from trainer.selection import Selection
 
-TRAIN, SCORE = 3, 1  # forwards
+TRAIN, BACK, SCORE = 3, 2, 1  # forwards
 STORED = ("ref_loss", "ref_entropy")
 Points = Sequence[tuple[float, float]]  # (tokens seen or any cost, loss in nats), by rising cost
 
@@ -62,7 +63,7 @@ def cost_of(config: Config) -> Cost:
     """
     selection = Selection.of(config.train.objective, config.train.scope, config.train.keep)
     ahead = selection.ahead and selection.objective.live
-    live = trained(config.train.folder, TRAIN + SCORE * ahead)
+    live = trained(config.train.folder, TRAIN + SCORE * ahead, config.train.backward == "kept")
     parameters = parameters_of(local_model(config.base))
     if not set(STORED) & set(selection.columns):
         return Cost(Work(), Work(), live, parameters)
@@ -74,14 +75,18 @@ def cost_of(config: Config) -> Cost:
     return Cost(reference, scoring, live, parameters)
 
 
-def trained(folder: Path, passes: float) -> Work:
-    """What a training run has cost so far: its real tokens times `passes`, and the seconds of its steps."""
+def trained(folder: Path, passes: float, kept: bool = False) -> Work:
+    """What a training run has cost so far: its real tokens times `passes`, and the seconds of its steps.
+
+    kept: of `passes` those of the backward are over selected tokens alone.
+    """
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"]
     seen = [0, *(row["tokens_seen"] for row in rows)]
     seconds = sum(
         (now - before) / row["tokens_per_second"] for row, before, now in zip(rows, seen, seen[1:], strict=False)
     )
-    return Work(passes * seen[-1], seconds)
+    dropped = seen[-1] - rows[-1]["tokens_selected"] if kept and rows else 0
+    return Work(passes * seen[-1] - BACK * dropped, seconds)
 
 
 def parameters_of(folder: Path) -> int:

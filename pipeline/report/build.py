@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
 
-from pipeline.evaluate import FIGURES, on_problems
+from pipeline.evaluate import FIGURES, WITH_TOOL, on_problems
 from pipeline.experiment.cost import SCORE, TRAIN
 from pipeline.report.arms import (
     ARMS,
@@ -97,12 +97,13 @@ def arm_sections(config: Config, arms: dict[str, Arm]) -> list[Section]:
 def accuracy_section(path: Path) -> Section:
     """Held-out figures of every model, as `tokensift eval` left them."""
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    columns, found = on_problems(rows)
     cells = []
-    for row in rows:
+    for row, done in zip(rows, found, strict=True):
         place = Path(row["model"])
         name = place.parent.name if place.name == "final" else row["model"]
         loss = f"{row['target_loss']:.3f}" if "target_loss" in row else "-"
-        cells.append((name if name in ARMS else "", (name, loss, *on_problems(row))))
+        cells.append((name if name in ARMS else "", (name, loss, *done)))
     caption = "Exact match: a greedy answer that ends in the right number."
     ranked = next((row for row in rows if "acc" in row), None)
     if ranked:
@@ -111,7 +112,9 @@ def accuracy_section(path: Path) -> Section:
             f" log-likelihood (acc) or its mean of a token (acc_norm), ± one standard error; guessing gives"
             f" {ranked['chance']:.0%}."
         )
-    return Section("Problems", caption, table(("model", "target loss", "exact match", "acc", "acc_norm"), cells))
+    if any("tool_match" in row for row in rows):
+        caption += " " + WITH_TOOL[0].upper() + WITH_TOOL[1:] + "."
+    return Section("Problems", caption, table(("model", "target loss", *columns), cells))
 
 
 def band_sections(results: Results | None) -> list[Section]:

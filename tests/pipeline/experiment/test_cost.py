@@ -20,7 +20,7 @@ from schemas.receipt import Layout, read_receipts
 def write_metrics(folder: Path, tokens: list[int], speed: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"kind": "train", "step": i, "tokens_seen": seen, "tokens_per_second": speed}
+        {"kind": "train", "step": i, "tokens_seen": seen, "tokens_selected": seen // 5, "tokens_per_second": speed}
         for i, seen in enumerate(tokens, 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -47,6 +47,12 @@ def test_a_run_costs_three_forwards_a_token_one_more_to_rank_a_step_and_scores_o
     assert cost.scoring.forwards == tokens
     assert cost.total(3).forwards == pytest.approx(passes * 250 + tokens / 3)
     assert cost.flops == pytest.approx(2 * cost.parameters * (passes * 250 + tokens))
+
+
+def test_a_backward_over_kept_tokens_costs_two_forwards_of_those_alone(scores: Config, tmp_path: Path) -> None:
+    config = with_train(scores, tmp_path, objective="slm", scope="step", keep=0.2, backward="kept")
+    write_metrics(config.train.folder, [100, 250], speed=50.0)
+    assert cost_of(config).live == Work(2 * 250 + 2 * 50, 5.0)
 
 
 def test_parameters_are_what_the_model_holds(tiny_model: Path) -> None:

@@ -16,13 +16,20 @@ from typing import Any
 
 from pipeline.demo.data import ask, encode, versions
 
-KINDS = ("chain_sum", "basic_arithmetic", "gcd", "lcm")
-MADE_OF_EACH = 20_000  # draws; many are the same
-TRAIN, HELD_OUT = 6_000, 200
+KINDS: dict[str, dict[str, int]] = {  # two or three short numbers: what a model of a million weights can learn to copy
+    "chain_sum": {"max_terms": 3, "max_digits": 2},
+    "products": {"max_digits": 2},
+    "gcd": {"max_value": 99},
+    "lcm": {"max_value": 99},
+}
+MADE_OF_EACH = 4_000  # draws; some are the same
+TRAIN, HELD_OUT = 8_000, 200
 RECIPE = 1
 WORDS = {
     " Give only the GCD as your final answer.": "",
+    " Give only the result as your final answer.": "",
     "State the final answer to the following arithmetic problem: ": "Calculate ",
+    "Solve the following multiplication: ": "Calculate ",
     "Greatest Common Divisor (GCD)": "GCD",
     "Least Common Multiple (LCM)": "LCM",
 }
@@ -33,7 +40,8 @@ def drawn(seed: int) -> Iterator[tuple[str, str, str]]:
     from reasoning_gym import create_dataset
 
     made = [
-        create_dataset(kind, size=MADE_OF_EACH, seed=seed * len(KINDS) + number) for number, kind in enumerate(KINDS)
+        create_dataset(kind, size=MADE_OF_EACH, seed=seed * len(KINDS) + number, **sizes)
+        for number, (kind, sizes) in enumerate(KINDS.items())
     ]
     seen = set[str]()
     for index in range(MADE_OF_EACH):

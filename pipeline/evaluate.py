@@ -222,11 +222,11 @@ def evaluate_model(
         figures |= Ranking(config.eval.choices, tokenizer, config.context, config.eval.batch_tokens)(Live(opened))
     if not config.eval.problems:
         return figures
-    limit = positions(folder, "model")
     if asking.backend == "vllm":
         del opened  # vLLM takes what memory there is
-        generator: Generator = Vllm(folder, tokenizer, config.context, limit)
+        generator: Generator = Vllm(folder, tokenizer, config.context)
     else:
+        limit = positions(folder, "model")
         generator = HuggingFace(opened.module, tokenizer, config.context, limit, config.eval.batch_tokens)
     figures |= exact_match(generator, config)
     return figures | (tool_match(generator, sandbox, config, asking.rounds) if sandbox else {})

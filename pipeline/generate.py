@@ -14,6 +14,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from schemas.config import Context
 from schemas.errors import UserError, first_line
 from schemas.models import positions
+from score_jobs.engines.vllm_offline import set_environment
+
+LONGEST = 8192  # tokens of prompt and completion that vLLM sets memory aside for
 
 
 class Generator(Protocol):
@@ -111,8 +114,9 @@ class Said(StoppingCriteria):
 class Vllm:
     """Completes prompts with vLLM, which is installed in an environment of its own: run the command by that one."""
 
-    def __init__(self, folder: Path, tokenizer: Any, context: Context, limit: int | None, dtype: str = "float32"):
-        """Load the model. Raises UserError where vLLM is not installed or cannot load it."""
+    def __init__(self, folder: Path, tokenizer: Any, context: Context, dtype: str = "float32"):
+        """Load the model, for texts of at most `LONGEST` tokens. Raises UserError where vLLM is not or cannot load it."""
+        set_environment(beyond=False)
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
@@ -120,16 +124,17 @@ class Vllm:
                 f"--backend vllm: vllm cannot be imported ({error})",
                 "`make vllm` builds an environment that has it: run .venv-vllm/bin/tokensift",
             ) from error
+        self.limit = min(positions(folder, "model") or LONGEST, LONGEST)
         try:
             self.model: Any = LLM(
-                model=str(folder), dtype=dtype, load_format="safetensors", max_model_len=limit, seed=0,
-                enforce_eager=not torch.cuda.is_available(),
+                model=str(folder), dtype=dtype, load_format="safetensors", max_model_len=self.limit, seed=0,
+                enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False, async_scheduling=False,
             )  # fmt: skip
         except Exception as error:  # vllm raises what the model's code, its own checks and CUDA raise
             raise UserError(
                 f"model: {folder} cannot be loaded by vllm ({first_line(error)})", "use --backend hf"
             ) from error
-        self._settings, self.limit = SamplingParams, limit
+        self._settings = SamplingParams
         saved = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
         self.speller = Speller(tokenizer, context.bos, ends_of(saved, tokenizer))
 
@@ -147,11 +152,6 @@ class Vllm:
         for member, output in zip(asked, outputs, strict=True):
             texts[member] = self.speller.text(ids[member], list(output.outputs[0].token_ids), stop)
         return texts
-
-
-def open_vllm(folder: Path, tokenizer: Any, context: Context) -> Vllm:
-    """A model folder under vLLM, up to its own positions. Raises UserError as `Vllm` does."""
-    return Vllm(folder, tokenizer, context, positions(folder, "model"))
 
 
 def ends_of(settings: GenerationConfig | None, tokenizer: Any) -> set[int]:

@@ -56,7 +56,10 @@ class Source(Protocol):
 
 
 class ScoreShards:
-    """The committed units of a score dataset, indexed by their Parquet footers alone."""
+    """The committed units of a score dataset, indexed by their Parquet footers alone.
+
+    scored_by: what its models are known as on the hub, if they came from there.
+    """
 
     def __init__(self, root: Place, partial: bool = False, cache: Cache | None = None):
         """Index a dataset; `partial` accepts one whose scoring did not come to its end. `cache` opens its shards.
@@ -78,6 +81,7 @@ class ScoreShards:
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
         self.tokens = sum(receipt.tokens for receipt in receipts.values())
+        self.scored_by = frozenset(receipt.engine.get("model", "") for receipt in receipts.values()) - {""}
         self._counts: np.ndarray | None = None
 
     def _groups(self, path: Place, receipt: Receipt) -> list["Group"]:

@@ -32,7 +32,7 @@ class VllmEngine:
             raise UserError("score.entropy: the vllm engine gives losses only; set it to false, or score.engine: hf")
         limit = positions(model, "score.model")
         refuse_long_windows(limit, window, model)
-        _set_environment(beyond=limit == window)
+        set_environment(beyond=limit == window)
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
@@ -93,7 +93,7 @@ class VllmEngine:
         return self._settings(max_tokens=1, temperature=0, detokenize=False, **wanted)
 
 
-def _set_environment(beyond: bool) -> None:
+def set_environment(beyond: bool) -> None:
     """Settings that vLLM takes from the environment alone, read when it is imported or a model is loaded."""
     # A scheduler in a process of its own would batch by what has arrived so far, and bytes would depend on timing.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

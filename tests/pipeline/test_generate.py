@@ -1,16 +1,24 @@
 """Completions: what plain greedy decoding of one prompt alone says, whatever lies beside it, cut where it should be."""
 
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from pipeline.generate import HuggingFace, Speller, batches
+from pipeline.generate import HuggingFace, Speller, Vllm, batches
 from schemas.config import Context
 
 PROMPTS = [
@@ -115,6 +123,22 @@ def test_a_tokenizer_that_drops_a_leading_space_keeps_it_after_a_prompt(tokenize
     speller = Speller(PreTrainedTokenizerFast(tokenizer_object=words), False, set())
     assert speller.tokenizer.decode([1]) == "7"
     assert speller.text(speller.ids("Answer:"), [1], []) == " 7"
+
+
+def test_vllm_completes_as_hugging_face_does(tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed: `make test-vllm`")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    names = {"vocab_size": 512, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=32, **names, **shape)).eval()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    with patch.dict(os.environ):
+        vllm = Vllm(tmp_path, tokenizer, Context(bos=True))
+        for stop in ([], ["e"], ["12", "\n"]):
+            wanted = generator(model, tokenizer, 32).complete(PROMPTS, stop, NEW)
+            assert vllm.complete(PROMPTS, stop, NEW) == wanted
+    assert any(wanted)
 
 
 @given(

@@ -81,7 +81,7 @@ def train_reference(config: Config) -> Path:
 
 
 def names_of(base: Path, source: Source, corpus: Corpus | None) -> dict[str, str]:
-    """What base, references and corpus are known as on the hub; of local files only their hashes are kept."""
+    """What base, references and corpus are known as on the hub; references of this machine by hashes of their files."""
     on_hub = corpus and corpus.dataset and not Path(corpus.dataset).exists()
     names = {
         "base": known_as(base),

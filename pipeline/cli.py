@@ -19,6 +19,7 @@ from schemas.place import Place, to_place
 # Forked tokenizer threads would only warn; stage 1 parallelises over workers.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -290,12 +291,14 @@ def eval_(
         Path | None, typer.Option(help="With --suite: a run's folder, whose checkpoints are evaluated as they appear.")
     ] = None,
 ) -> None:
-    """Held-out target-domain loss, exact match and ranked answers on held-out problems, for any checkpoint."""
+    """Held-out target-domain loss, exact match and ranked answers on held-out problems, or few-shot tasks, for any checkpoint."""
     loaded = read_config(config, set_)
     if suite is not None:
         from pipeline.suite.run import run_suite
 
         return run_suite(loaded, models or [], suite, backend, limit, data, json_, output, follow)
+    if limit or data or output or follow:
+        raise UserError("--limit, --data, --output, --follow: they are options of --suite", "add e.g. --suite demo")
     from pipeline.evaluate import Asking, evaluate_models, print_figures
 
     rows = evaluate_models(loaded, models or [], show=not json_, asking=Asking(backend, tool, rounds))

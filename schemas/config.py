@@ -44,7 +44,9 @@ class Corpus(Section):
     paths: list[str] = Field(
         default=[], description=".parquet, .jsonl.zst, .jsonl.gz or .jsonl; globs and URLs allowed"
     )
-    dataset: str | None = Field(default=None, description="Hugging Face dataset name or local dataset folder")
+    dataset: str | None = Field(
+        default=None, description="Hugging Face dataset, `org/name` or `org/name@revision`, or local folder"
+    )
     split: str = "train"
     text: str = Field(default="text", description="column that holds the document's text")
     messages: str | None = Field(
@@ -71,7 +73,7 @@ class Corpus(Section):
 class Score(Section):
     """Stage 1: how reference losses are computed."""
 
-    model: str = Field(description="the reference model: Hugging Face name or local folder")
+    model: str = Field(description="the reference model: local folder or Hugging Face name, `org/name@revision`")
     output: AnyPlace = Field(description="folder, or URL of an object store, of the scores; default: {root}/scores")
     engine: Literal["hf", "vllm"] = Field(default="hf", description="hf: packed Hugging Face forward; vllm: its own")
     python: Path | None = Field(default=None, description="the Python that workers run in; null: the driver's own")
@@ -269,7 +271,7 @@ class Config(Section):
 
     name: str
     root: Folder = Field(description="folder of all that the experiment makes; default: runs/<name>")
-    base: str = Field(description="the model both the reference and the live model start from")
+    base: str = Field(description="what both the reference and the live model start from; named as `score.model`")
     context: Context = Context()
     corpus: Corpus
     reference: Reference | None = None

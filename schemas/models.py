@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import RevisionNotFoundError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hub_logging
 
 from schemas.errors import UserError, first_line
 from schemas.forward import Opened
+from schemas.hub import split
 from schemas.probe import prove
 from schemas.product import by_onednn
 
@@ -89,19 +90,27 @@ def _load(folder: Path, field: str, dtype: torch.dtype) -> Any:
 
 
 def local_model(name: str, field: str = "model") -> Path:
-    """The folder of a model: `name` itself if it is one, else the Hugging Face hub's snapshot of it.
+    """The folder of a model: `name` itself if it is one, else the Hugging Face hub's snapshot of `org/name@revision`.
 
     Only safetensors weights are fetched; pickled ones are never loaded. Raises UserError if it cannot be had.
     """
     folder = Path(name)
     if name and folder.is_dir():
         return folder
-    if not name or name.startswith((".", "/")) or name.count("/") > 1 or folder.exists():
-        raise UserError(f"{field}: `{name}`: no such folder", "train it first (`make reference`) or mend the path")
+    try:
+        if folder.exists():
+            raise ValueError(f"`{name}` is a file")
+        repository, revision = split(name)
+    except ValueError as error:
+        raise UserError(
+            f"{field}: `{name}`: no such folder", "train it first (`make reference`) or mend the path"
+        ) from error
     from huggingface_hub import snapshot_download  # only the hub path needs a network client
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(MODEL_FILES)))
+    except RevisionNotFoundError as error:
+        raise UserError(f"{field}: `{name}`: {repository} has no such revision", "mend what follows the @") from error
     except Exception as error:  # the hub's client raises what its network stack raises
         raise UserError(
             f"{field}: `{name}` is neither a local folder nor to be had from the hub ({first_line(error)})",

@@ -32,6 +32,7 @@ AWS_GIVEN = (
     "AWS_SKIP_SIGNATURE",
 )
 AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+GOOGLE_ENDPOINT = "GOOGLE_BASE_URL"
 AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
 Answer = TypeVar("Answer")
 _answered: set[str] = set()
@@ -304,7 +305,7 @@ def _client(bucket: str) -> Any:
     except ImportError as error:
         raise UserError(f"{bucket}: needs obstore ({first_line(error)})", "pip install obstore") from error
     own, options = _aws_profile(bucket), dict[str, Any](CLIENT)
-    endpoints = [own.get("endpoint", ""), *(os.environ.get(name, "") for name in AWS_ENDPOINTS)]
+    endpoints = [own.get("endpoint", ""), *(os.environ.get(name, "") for name in (*AWS_ENDPOINTS, GOOGLE_ENDPOINT))]
     if any(endpoint.startswith("http://") for endpoint in endpoints):
         options["allow_http"] = True  # who writes the endpoint so means it
     from_url: Any = obstore.from_url

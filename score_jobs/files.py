@@ -4,12 +4,14 @@ Formats: Parquet and JSON lines, plain, gzip or zstd (OpenWebMath's published fo
 object stores, any other fsspec URL, and Hugging Face datasets by name.
 """
 
+from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from schemas.config import Corpus
 from schemas.errors import UserError, first_line
+from schemas.hub import split
 from schemas.object_store import Url
 from schemas.place import is_bucket
 
@@ -72,8 +74,10 @@ def _dataset_files(corpus: Corpus) -> list[str]:
     """The files behind a Hugging Face dataset's split, as `datasets` itself resolves them."""
     import datasets  # slow to import, and only this path needs it
 
+    name = str(corpus.dataset)
     try:
-        files = datasets.load_dataset_builder(str(corpus.dataset)).config.data_files or {}
+        repository, revision = (name, None) if Path(name).exists() else split(name)
+        files = datasets.load_dataset_builder(repository, revision=revision).config.data_files or {}
     except Exception as error:  # as in `_files`
         raise UserError(f"corpus.dataset: `{corpus.dataset}` cannot be resolved: {first_line(error)}") from error
     if corpus.split not in files:

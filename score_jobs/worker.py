@@ -17,6 +17,7 @@ import torch
 from schemas.config import Context, Corpus, Score
 from schemas.conversation import Piece, templated
 from schemas.disk import writing
+from schemas.hub import known_as
 from schemas.models import open_tokenizer
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, encode_shard, open_shard, read_group, shard_schema
@@ -93,6 +94,8 @@ class Worker:
         self.job, self.layout = job, Layout(job.score.output)
         self.tokenizer = templated(open_tokenizer(job.model, "score.model"), job.corpus)
         self.engine = open_engine(job.model, job.context, job.score)
+        known = known_as(job.model)
+        self.model = {"model": known} if known else {}
         self.reader = Reader(job.corpus)
         self.idle_since = time.perf_counter()
 
@@ -130,7 +133,7 @@ class Worker:
             windows,
             rejected,
             quarantine,
-            engine={**self.engine.describe(), "host": platform.node(), "device": self._device_name()},
+            engine={**self.engine.describe(), **self.model, "host": platform.node(), "device": self._device_name()},
             seconds={
                 "read": round(found.tokens.seconds, 3),
                 "idle": round(found.idle, 3),

@@ -43,6 +43,17 @@ def test_ray_is_imported_only_where_ray_is_driven() -> None:
     assert users == {"score_jobs/pool.py"}
 
 
+def test_no_code_of_a_models_repository_is_ever_run() -> None:
+    for path in (path for package in ALLOWED for path in (ROOT / package).rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for call in calls:
+            told = {word.arg: word.value for word in call.keywords}.get("trust_remote_code")
+            name = ast.unparse(call.func)
+            asks = name.startswith("Auto") and name.endswith(".from_pretrained")
+            assert not (asks and told is None), f"{path}: {name}"
+            assert told is None or (isinstance(told, ast.Constant) and told.value is False), f"{path}: {name}"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid_and_fits_eight_gpus(path: Path) -> None:
     config = load_config(path)
@@ -75,6 +86,7 @@ def test_the_readmes_layout_names_every_folder() -> None:
         "CONTRIBUTING.md",
         "docs/architecture.md",
         "docs/cluster.md",
+        "docs/evaluation.md",
         "docs/experiments.md",
         "docs/families.md",
         "docs/object-stores.md",

@@ -18,6 +18,7 @@ from trainer.parts import hash_file
 from trainer.ranks import Ranks
 
 STATE, PARTS = "state.json", "rank-*.safetensors"
+CARD = "README.md"  # of a model folder; whoever publishes it goes on writing there, so that its bytes are not held
 FORMAT = 2  # 1: whole, `model.safetensors` and `optimizer.safetensors`
 FIX = "delete this checkpoint; training goes on from the one before it"
 
@@ -27,7 +28,8 @@ class State:
     """Everything that resume needs besides tensors. `position` is the whole data state.
 
     `origin` is all that decides the numbers: base, dataset, tokenizer, context, settings, versions. `norms`: gradient norms
-    of the last steps, which outliers are held against.
+    of the last steps, which outliers are held against. `names`: what base, reference and corpus are known as, for
+    people; they decide nothing.
     """
 
     step: int
@@ -36,6 +38,7 @@ class State:
     tokens_selected: int
     origin: dict[str, Any]
     norms: list[float] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -67,7 +70,7 @@ def publish(partial: Path, folder: Path, state: State, files: dict[str, str], re
     files = files | {name: hash_file(partial / name) for name in others}
     sealed = {"format": FORMAT, "state": asdict(state), "files": files, "renamed": renamed}
     (partial / STATE).write_bytes(seal(sealed))
-    for name in (*others, STATE):
+    for name in (*others, STATE, *([CARD] if (partial / CARD).exists() else [])):
         fsync_file(partial / name)
     for inner in {partial, *(path for path in partial.rglob("*") if path.is_dir())}:
         fsync_folder(inner)
@@ -86,8 +89,9 @@ def _delete(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of the files below a checkpoint, relative to it, sorted."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Names of the files below a checkpoint, relative to it, sorted; without its card."""
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [name for name in found if name != CARD]
 
 
 def load_state(folder: Path, ranks: Ranks | None = None) -> State:

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: float32 safetensors, config and tokenizer that any program loads."""
+"""A checkpoint as a Hugging Face folder: float32 safetensors, config, tokenizer and model card, for any program."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,7 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.errors import UserError
-from trainer.checkpoint import PARTS, STATE, State, load_state, partial_of, publish, read_sealed
+from trainer.card import card
+from trainer.checkpoint import CARD, PARTS, STATE, State, load_state, partial_of, publish, read_sealed
+from trainer.metrics import METRICS, read_metrics
 from trainer.parts import WEIGHT, Parts, described, write_safetensors
 
 MODEL = "model.safetensors"
@@ -34,12 +36,14 @@ def export(checkpoint: Path, folder: Path, state: State | None = None) -> None:
         files = {}
     else:
         files = {MODEL: write_safetensors(partial / MODEL, *_streamed(parts, names))}
+    metrics = read_metrics(checkpoint.parent.parent / METRICS)
+    (partial / CARD).write_text(card(state, metrics), encoding="utf-8")
     publish(partial, folder, state, files, False)
 
 
 def _save_as_the_family_does(folder: Path, parts: Parts, names: list[str]) -> None:
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     weights = {name: torch.empty(parts.shape(name), dtype=parts.dtype(name)) for name in names}
     for name, tensor in weights.items():
         parts.read(name, tensor)

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,10 @@ FORWARDED_SECONDS = 3  # a second signal within this is the first one, handed on
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, ready to go. `evaluate` gives held-out figures of the live model; `report` sees each row."""
+    """One training run, ready to go. `evaluate` gives held-out figures of the live model; `report` sees each row.
+
+    `names`: what base, reference and corpus are known as, for the model's card.
+    """
 
     config: Train
     context: Context
@@ -74,6 +77,7 @@ class Run:
     ranks: Ranks
     evaluate: Callable[[Live], dict[str, float]] | None = None
     report: Callable[[dict[str, Any], float], None] = lambda row, done: None
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def selection(self) -> Selection:
@@ -140,10 +144,10 @@ def found(run: Run, origin: dict[str, Any], ranks: Ranks | None = None) -> tuple
     final = run.config.output / "final"
     saved = final if final.exists() else checkpoint.newest(run.config.output / CHECKPOINTS)
     if not saved:
-        return None, State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin)
+        return None, State(step=0, position=0, tokens_seen=0, tokens_selected=0, origin=origin, names=run.names)
     state = checkpoint.load_state(saved, ranks)
     checkpoint.refuse_changes(saved, state, origin)
-    return saved, replace(state, origin=origin)
+    return saved, replace(state, origin=origin, names=run.names)
 
 
 def loop(
@@ -321,6 +325,7 @@ def advance(state: State, step: Step, selected: int, norm: float) -> State:
         tokens_selected=state.tokens_selected + selected,
         origin=state.origin,
         norms=remembered(state.norms, norm),
+        names=state.names,
     )
 
 

@@ -123,7 +123,9 @@ def kept_by_autograd(
 
     operators = set(kept_operators())
     with FakeTensorMode():
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(base, trust_remote_code=False), dtype=dtype
+        )
         if again != "none":
             recompute(model, again)
         ids = torch.zeros(rows, row_tokens, dtype=torch.int64)

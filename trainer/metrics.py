@@ -12,6 +12,7 @@ from schemas.store import fsync_file, write_atomic
 from trainer.board import boards
 from trainer.ranks import Ranks
 
+METRICS = "metrics.jsonl"  # in a run's folder
 SCORE_EDGES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # nats, of the histogram of what was ranked
 
 
@@ -87,7 +88,7 @@ class Log:
         `wandb`: a project there, which is told the run's `settings`. Raises UserError if it cannot be reached.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         kept = [row for row in read_metrics(self.path) if row["step"] < step or (row["step"] == step and step > 0)]
         self.kept = {(row["kind"], row["step"]) for row in kept if row["step"] == step}
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())

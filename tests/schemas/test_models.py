@@ -108,10 +108,16 @@ def test_a_tokenizer_that_is_garbage_or_too_large_for_the_model_is_an_error(fold
         open_tokenizer(folder, "base")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c", ""])
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c", "", "a/b@", "@main", "a/b@x y", "a/b@x@y"])
 def test_a_name_that_is_no_folder_and_no_repository_is_an_error(name: str) -> None:
     with pytest.raises(UserError, match=r"score\.model: `.*`: no such folder"):
         local_model(name, "score.model")
+
+
+def test_a_folder_may_have_an_at_sign_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name@v1").mkdir(parents=True)
+    assert local_model("org/name@v1") == Path("org/name@v1")
 
 
 def test_a_repository_that_cannot_be_fetched_is_an_error() -> None:
@@ -264,15 +270,16 @@ def test_a_repository_is_fetched_without_pickles_and_what_the_hub_says_is_passed
 ) -> None:
     asked: list[Any] = []
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns, revision))
         if name == "a/gone":
             raise OSError("no such repository\nmore")
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert local_model("a/model", "score.model") == tmp_path
-    assert asked[0][0] == "a/model" and "*.safetensors" in asked[0][1]
+    assert asked[0][0] == "a/model" and "*.safetensors" in asked[0][1] and asked[0][2] is None
+    assert local_model("a/model@refs/pr/3") == tmp_path and asked[1][::2] == ("a/model", "refs/pr/3")
     assert not any(Path(name).match(pattern) for pattern in asked[0][1] for name in ("a.bin", "a.pt", "a.py"))
     assert said(local_model, "a/gone", "score.model") == (
         "score.model: `a/gone` is neither a local folder nor to be had from the hub (no such repository)",

@@ -111,11 +111,17 @@ def demo(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption
 def data(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption = 1.0) -> None:
     """Build the demo's data from installed packages: noisy corpus, curated corpus, held-out text and problems."""
     loaded = read_config(config, set_)
-    from pipeline.demo.base import data_folder
-    from pipeline.demo.data import build
+    if loaded.corpus.messages:
+        from pipeline.demo.chats import build as build_chats
 
-    folder = data_folder(loaded)
-    files = build(folder, loaded.train.seed, scale, loaded.demo)["files"]
+        folder = loaded.root / "data"
+        files = build_chats(folder, loaded.train.seed, scale)["files"]
+    else:
+        from pipeline.demo.base import data_folder
+        from pipeline.demo.data import build
+
+        folder = data_folder(loaded)
+        files = build(folder, loaded.train.seed, scale, loaded.demo)["files"]
     say(f"data: {len(files)} files, {sum(f['bytes'] for f in files.values()) / 1e6:.1f} MB in {folder}")
 
 
@@ -227,6 +233,20 @@ def train(
     from pipeline.train import train_live
 
     train_live(loaded)
+
+
+@app.command()
+def finetune(
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    objective: Annotated[str | None, typer.Option(help="clm, random; slm and others train on scores.")] = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run's folder; default: the objective.")] = None,
+) -> None:
+    """Train a finished model on conversations (corpus.messages), on what the assistant says alone. Resumes."""
+    loaded = read_config(config, set_, objective=objective, run=run)
+    from pipeline.finetune import finetune as tune
+
+    tune(loaded)
 
 
 @app.command()

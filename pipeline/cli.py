@@ -19,6 +19,7 @@ from schemas.place import Place, to_place
 # Forked tokenizer threads would only warn; stage 1 parallelises over workers.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -110,11 +111,17 @@ def demo(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption
 def data(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption = 1.0) -> None:
     """Build the demo's data from installed packages: noisy corpus, curated corpus, held-out text and problems."""
     loaded = read_config(config, set_)
-    from pipeline.demo.base import data_folder
-    from pipeline.demo.data import build
+    if loaded.corpus.messages:
+        from pipeline.demo.chats import build as build_chats
 
-    folder = data_folder(loaded)
-    files = build(folder, loaded.train.seed, scale, loaded.demo)["files"]
+        folder = loaded.root / "data"
+        files = build_chats(folder, loaded.train.seed, scale)["files"]
+    else:
+        from pipeline.demo.base import data_folder
+        from pipeline.demo.data import build
+
+        folder = data_folder(loaded)
+        files = build(folder, loaded.train.seed, scale, loaded.demo)["files"]
     say(f"data: {len(files)} files, {sum(f['bytes'] for f in files.values()) / 1e6:.1f} MB in {folder}")
 
 
@@ -229,6 +236,20 @@ def train(
 
 
 @app.command()
+def finetune(
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    objective: Annotated[str | None, typer.Option(help="clm, random; slm and others train on scores.")] = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run's folder; default: the objective.")] = None,
+) -> None:
+    """Train a finished model on conversations (corpus.messages), on what the assistant says alone. Resumes."""
+    loaded = read_config(config, set_, objective=objective, run=run)
+    from pipeline.finetune import finetune as tune
+
+    tune(loaded)
+
+
+@app.command()
 def experiment(
     file: Annotated[Path, typer.Argument(help="YAML file of the experiment, or the name of a shipped one (demo).")],
     workers: Annotated[int, typer.Option(min=1, help="Runs made side by side on this machine.")] = 1,
@@ -290,12 +311,14 @@ def eval_(
         Path | None, typer.Option(help="With --suite: a run's folder, whose checkpoints are evaluated as they appear.")
     ] = None,
 ) -> None:
-    """Held-out target-domain loss, exact match and ranked answers on held-out problems, for any checkpoint."""
+    """Held-out target-domain loss, exact match and ranked answers on held-out problems, or few-shot tasks, for any checkpoint."""
     loaded = read_config(config, set_)
     if suite is not None:
         from pipeline.suite.run import run_suite
 
         return run_suite(loaded, models or [], suite, backend, limit, data, json_, output, follow)
+    if limit or data or output or follow:
+        raise UserError("--limit, --data, --output, --follow: they are options of --suite", "add e.g. --suite demo")
     from pipeline.evaluate import Asking, evaluate_models, print_figures
 
     rows = evaluate_models(loaded, models or [], show=not json_, asking=Asking(backend, tool, rounds))

@@ -19,6 +19,7 @@ from pipeline.grading import final_answer, same_answer
 from pipeline.heldout import Continuations, read_rows
 from pipeline.progress import bar, console
 from pipeline.ranking import Ranking
+from pipeline.responses import ResponseLoss
 from pipeline.sandbox import Sandbox
 from pipeline.tool_use import ROUNDS, solve
 from schemas.config import Config, Context
@@ -29,6 +30,11 @@ from trainer.export import as_model
 from trainer.live import Live
 
 NEXT_PROBLEM = "\nProblem:"  # base models go on to pose one
+LOSSES = {
+    "target_loss": "nats/token",
+    "target_bits_per_byte": "bits/byte",
+    "response_loss": "responses, nats/token",
+}
 FIGURES = "evaluation.json"  # in train.output
 WITH_TOOL = (
     "with Python: exact match where the model may have programs run; answers whose last program ended without an error;"
@@ -65,11 +71,13 @@ class HeldOutLosses:
 
     def __init__(self, config: Config, tokenizer: Any):
         named = {"target": config.eval.target, "validation": config.eval.validation}
-        self.sets = [
+        self.sets: list[TargetLoss | ResponseLoss] = [
             TargetLoss(path, tokenizer, config.context, config.eval.batch_tokens, name)
             for name, path in named.items()
             if path
         ]
+        if config.eval.conversations:
+            self.sets.append(ResponseLoss(config.eval.conversations, tokenizer, config))
 
     def __call__(self, live: Live) -> dict[str, float]:
         """The figures of all sets."""
@@ -125,7 +133,7 @@ def evaluate_models(
     first model is opened if there is nothing to evaluate on, or no sandbox for the tool's programs.
     """
     asking = asking or Asking()
-    if not (config.eval.target or config.eval.problems or config.eval.choices):
+    if not (config.eval.target or config.eval.conversations or config.eval.problems or config.eval.choices):
         raise UserError("field `eval`: nothing to evaluate on", "give eval.target, eval.problems or eval.choices")
     if asking.backend not in ("hf", "vllm"):
         raise UserError(f"--backend {asking.backend}: is neither hf nor vllm", "choose one")
@@ -145,18 +153,22 @@ def evaluate_models(
 
 
 def chosen_models(config: Config, models: list[str]) -> list[str]:
-    """The models named; without names the base, the reference and every finished arm."""
+    """The models named; without names the base, the reference and every finished arm.
+
+    What was fine-tuned without scores may have no reference.
+    """
+    made = config.root not in Path(config.score.model).parents or Path(config.score.model).exists()
     arms = sorted(str(path.parent) for path in config.train.output.glob("*/final/config.json"))
-    return models or [config.base, config.score.model, *arms]
+    return models or [config.base, *([config.score.model] if made else []), *arms]
 
 
 def print_figures(rows: list[dict[str, Any]]) -> None:
     """The figures of models as a table."""
     columns, cells = on_problems(rows)
-    table = Table("model", "nats/token", "bits/byte", *columns)
+    losses = {name: words for name, words in LOSSES.items() if any(name in row for row in rows)}
+    table = Table("model", *losses.values(), *columns)
     for row, found in zip(rows, cells, strict=True):
-        table.add_row(row["model"], f"{row.get('target_loss', float('nan')):.3f}",
-                      f"{row.get('target_bits_per_byte', float('nan')):.3f}", *found)  # fmt: skip
+        table.add_row(row["model"], *(f"{row.get(name, float('nan')):.3f}" for name in losses), *found)
     console.print(table)
     if any("acc" in row for row in rows):
         row = next(row for row in rows if "acc" in row)

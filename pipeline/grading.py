@@ -20,9 +20,25 @@ from schemas.errors import UserError
 
 LONGEST = 1_000  # characters of an answer; what is longer is none
 CPU_SECONDS = 3.0  # of one question; of the processor, so that no verdict depends on how busy the machine is
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # their stacks alone would fill its memory
 SIGNIFICANT = 4  # digits of a decimal that stands for all that rounds to it
 YES_OR_NO = ("yes", "no", "true", "false")
-COUNTS = ("hundred", "thousand", "million", "billion", "trillion", "dozen")  # words that are no units
+# Words after a number that say more than what it counts.
+NO_UNITS = {
+    "hundred",
+    "thousand",
+    "million",
+    "billion",
+    "trillion",
+    "dozen",
+    "or",
+    "and",
+    "to",
+    "plus",
+    "minus",
+    "times",
+}
+COUNTED = re.compile(r"(-?[\d,./ ]*\d) (\D+)")
 WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 LABEL = re.compile(r"\(?([A-E])(?:[).:].*)?", re.IGNORECASE | re.DOTALL)  # of a choice, its text after it or not
 GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
@@ -66,7 +82,7 @@ def same_answer(given: str, gold: str) -> bool:
 
 def cleaned(text: str) -> str:
     """An answer without what is only its typesetting."""
-    text = text.strip()
+    text = text.strip().strip("*").strip()
     for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(start) and text.endswith(end) and len(text) > len(start) + len(end):
             text = text[len(start) : -len(end)]
@@ -74,9 +90,7 @@ def cleaned(text: str) -> str:
     text = re.sub(r"(?<=\d)\\[,;: ](?=\d{3})", "", text)
     text = WRAPPED.sub(r"\1", text) if not re.search(r"\d", WRAPPED.sub("", text)) else text
     text = text.strip().rstrip(".,;").strip().lstrip("$€£¥")
-    text = re.sub(r"\s+", " ", text)
-    text = MIXED.sub(r"\1\\frac{\2}{\3}", text) if MIXED.fullmatch(text) else text
-    return REPEATING.sub(repeated, text)
+    return REPEATING.sub(repeated, unmixed(re.sub(r"\s+", " ", text)))
 
 
 def repeated(decimal: re.Match[str]) -> str:
@@ -93,9 +107,14 @@ def is_words(text: str) -> bool:
 
 def without_unit(text: str) -> str:
     """A number without the words that say what it counts."""
-    number, _, unit = text.partition(" ")
-    counted = number_of(number) is not None and is_words(unit) and unit.split()[0].casefold() not in COUNTS
-    return number if counted else text
+    found = COUNTED.fullmatch(text)
+    counted = found and is_words(found[2]) and found[2].split()[0].casefold() not in NO_UNITS
+    return unmixed(found[1]) if found and counted else text
+
+
+def unmixed(text: str) -> str:
+    """A mixed number in LaTeX; all else as it is."""
+    return MIXED.sub(r"\1\\frac{\2}{\3}", text) if MIXED.fullmatch(text) else text
 
 
 def number_of(text: str) -> Decimal | None:
@@ -176,6 +195,9 @@ class Judge:
                 answer = process.stdout.readline()
             except OSError:
                 answer = ""
+            except BaseException:  # interrupted: its answer must not be taken for the next question's
+                self.end()
+                raise
             if not answer:
                 self.end()
             return json.loads(answer) if answer else None
@@ -184,12 +206,17 @@ class Judge:
         if self.process is None or self.owner != os.getpid():
             if find_spec("math_verify") is None:
                 raise UserError("math-verify, which grades answers, is not installed", "pip install 'tokensift[eval]'")
+            command = [sys.executable, "-m", "pipeline.verdict", str(self.seconds)]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.verdict", str(self.seconds)],
+                command,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                cwd=Path(__file__).resolve().parents[1], encoding="utf-8",
+                cwd=Path(__file__).resolve().parents[1], encoding="utf-8", env=os.environ | ONE_THREAD,
             )  # fmt: skip
             self.owner = os.getpid()
+            assert self.process.stdout
+            if not self.process.stdout.readline():  # else every answer would be wrong without a word
+                self.end()
+                raise UserError("the process that grades answers does not start", f"`{' '.join(command)}` says why")
         return self.process
 
     def end(self) -> None:

@@ -83,7 +83,7 @@ def program_of(said: str) -> str | None:
         return None
     lines, inside, found = [], False, False
     for line in said.split("\n"):
-        if line.startswith("```python"):
+        if line.lstrip().startswith("```python"):  # an answer may begin with a space
             lines, inside, found = [], True, True
         elif line.startswith("```"):
             inside = False

@@ -248,6 +248,9 @@ class Evaluation(Section):
     validation: Path | None = Field(
         default=None, description="texts apart from the test's: what settings are chosen on"
     )
+    conversations: Path | None = Field(
+        default=None, description="rows as those of corpus.messages: the loss of what the assistant says is measured"
+    )
     problems: Path | None = None
     choices: Path | None = Field(default=None, description="problems whose right answer is ranked among others")
     batch_tokens: int = Field(default=16_384, ge=1, le=MOST_TOKENS, description="tokens of one forward")
@@ -293,8 +296,9 @@ class Config(Section):
             return raw  # the fields' own checks say what is wrong
         root = str(raw.get("root") or f"runs/{raw.get('name')}")
         filled = {"root": root, **raw}
-        for section, folder in (("score", "scores"), ("train", "train")):
-            filled[section] = _with_output(raw.get(section), f"{root}/{folder}")
+        score = raw.get("score", {"model": f"{root}/reference/final"})  # what is fine-tuned without scores has none
+        for name, section, folder in (("score", score, "scores"), ("train", raw.get("train"), "train")):
+            filled[name] = _with_output(section, f"{root}/{folder}")
         if isinstance(reference := raw.get("reference"), Mapping):
             filled["reference"] = {**reference, "train": _with_output(reference.get("train"), f"{root}/reference")}
         return _replace(filled, "{root}", root)

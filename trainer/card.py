@@ -21,8 +21,8 @@ RANKED = {
     "step": "ranked over the optimizer step",
 }
 SCHEDULES = {
-    "cosine": "cosine to {min_learning_rate_ratio:g} of it, warm-up over {warmup:.1%} of the run",
-    "wsd": "constant, then down to {min_learning_rate_ratio:g} of it over the last {decay:.1%}, warm-up over {warmup:.1%}",
+    "cosine": "cosine down to {min_learning_rate_ratio:.0%} of it, warm-up over {warmup:.1%} of the run",
+    "wsd": "constant, then down to {min_learning_rate_ratio:.0%} of it over the last {decay:.1%}, warm-up over {warmup:.1%}",
     "constant": "constant, warm-up over {warmup:.1%} of the run",
 }
 FIGURES = {"loss": "nats/token", "bits_per_byte": "bits/byte"}  # how names of held-out figures end, and their units
@@ -53,7 +53,7 @@ def _front_matter(state: State) -> str:
     if "base" in state.names:
         known["base_model"] = state.names["base"].partition("@")[0]
     if "corpus" in state.names:
-        known["datasets"] = [state.names["corpus"].partition("@")[0]]
+        known["datasets"] = [name.partition("@")[0] for name in state.names["corpus"].split(", ")]
     return f"---\n{yaml.safe_dump(known, sort_keys=True)}---\n"
 
 

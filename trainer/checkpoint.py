@@ -28,8 +28,8 @@ class State:
     """Everything that resume needs besides tensors. `position` is the whole data state.
 
     `origin` is all that decides the numbers: base, dataset, tokenizer, context, settings, versions. `norms`: gradient norms
-    of the last steps, which outliers are held against. `names`: what base, reference and corpus are known as, where they
-    are known by a name of the hub; they decide nothing.
+    of the last steps, which outliers are held against. `names`: what base, reference and corpus are known as, for
+    people; they decide nothing.
     """
 
     step: int

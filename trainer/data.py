@@ -5,7 +5,7 @@ shuffled inside blocks of `shuffle_groups` row groups. Each row group is therefo
 position in the order is found without reading anything. State is one integer: windows consumed.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -58,7 +58,8 @@ class Source(Protocol):
 class ScoreShards:
     """The committed units of a score dataset, indexed by their Parquet footers alone.
 
-    scored_by: what its models are known as on the hub, if they came from there.
+    scored_by: what its models are known as on the hub, or the hashes of their files; nothing if it was never scored.
+    made_of: what its corpora are known as there.
     """
 
     def __init__(self, root: Place, partial: bool = False, cache: Cache | None = None):
@@ -81,7 +82,8 @@ class ScoreShards:
         self.group_sizes = np.array([group.windows for group in self.groups], dtype=np.int64)
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
         self.tokens = sum(receipt.tokens for receipt in receipts.values())
-        self.scored_by = frozenset(receipt.engine.get("model", "") for receipt in receipts.values()) - {""}
+        self.scored_by = _models(self.dataset, receipts.values())
+        self.made_of = frozenset(receipt.engine.get("corpus", "") for receipt in receipts.values()) - {""}
         self._counts: np.ndarray | None = None
 
     def _groups(self, path: Place, receipt: Receipt) -> list["Group"]:
@@ -147,6 +149,13 @@ class ScoreShards:
 
     def _open(self, path: Place) -> pq.ParquetFile:
         return open_shard(self.cache.open(path), losses="ref_loss" in self.columns)
+
+
+def _models(dataset: dict[str, Any], receipts: Iterable[Receipt]) -> frozenset[str]:
+    """Names of the models that scored a dataset, or if one has none, their hashes."""
+    names = {receipt.engine.get("model", "") for receipt in receipts}
+    hashes = ", ".join(f"{name} `{number[:16]}`" for name, number in sorted(dataset["model"].items()))
+    return frozenset(names if "" not in names else {hashes} - {""})
 
 
 @dataclass(frozen=True, slots=True)

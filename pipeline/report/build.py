@@ -30,6 +30,7 @@ from pipeline.report.page import Question, Section, Token, definitions, document
 from pipeline.report.picture import coloured_text, standalone
 from pipeline.report.text import judge_documents
 from pipeline.report.tuned import Results, mean_curves, read_results, tuned_headline, tuned_sections
+from pipeline.suite.show import grid
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.receipt import Layout, read_dataset
@@ -91,7 +92,22 @@ def arm_sections(config: Config, arms: dict[str, Arm]) -> list[Section]:
     title = "This config's own runs, one an arm"
     sections = [Section(title, arms_caption(arms) + left_out(config.train.output), arms_table(arms))]
     path = config.train.output / FIGURES
-    return sections + ([accuracy_section(path)] if path.exists() else [])
+    sections += [accuracy_section(path)] if path.exists() else []
+    return sections + [suite_section(path) for path in sorted(config.train.output.glob("suite-*.json"))]
+
+
+def suite_section(path: Path) -> Section:
+    """A suite's table beside the paper's rows, as `tokensift eval --suite` left it."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    found = grid([row | {"model": _short_name(row["model"])} for row in rows])
+    cells = [("", row) for row in found.paper] + [(row[0] if row[0] in ARMS else "", row) for row in found.ours]
+    return Section(f"Few-shot tasks: {rows[0]['suite']}", " ".join(found.notes), table(found.head, cells))
+
+
+def _short_name(model: str) -> str:
+    """An arm's name for its final model; other models as they are called."""
+    place = Path(model)
+    return place.parent.name if place.name == "final" else model
 
 
 def accuracy_section(path: Path) -> Section:
@@ -100,8 +116,7 @@ def accuracy_section(path: Path) -> Section:
     columns, found = on_problems(rows)
     cells = []
     for row, done in zip(rows, found, strict=True):
-        place = Path(row["model"])
-        name = place.parent.name if place.name == "final" else row["model"]
+        name = _short_name(row["model"])
         loss = f"{row['target_loss']:.3f}" if "target_loss" in row else "-"
         cells.append((name if name in ARMS else "", (name, loss, *done)))
     caption = "Exact match: a greedy answer that ends in the right number."

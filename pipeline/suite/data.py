@@ -38,7 +38,7 @@ def fetched(folder: Path | None, held_out: Evaluation) -> Iterator[dict[str, str
     import datasets
 
     sources: dict[str, str] = {}
-    load = datasets.load_dataset
+    load: Any = datasets.load_dataset
 
     def load_ours(path: str, name: str | None = None, **options: Any) -> Any:
         if path == DEMO:
@@ -48,7 +48,7 @@ def fetched(folder: Path | None, held_out: Evaluation) -> Iterator[dict[str, str
             if folder is not None:
                 sources[path] = str(folder / path)
                 return _mirrored(load, folder, path, name, options)
-            found = load(path, name, revision=REVISIONS.get(path), **options)
+            found = load(path, name, **({"revision": REVISIONS.get(path)} | options))
         except UserError:
             raise
         except Exception as error:  # what the network, the hub's client and Arrow raise has no common base

@@ -2,11 +2,10 @@
 
 import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def evaluate_suite(
     left_out = {column.title: reason for column in suite.columns if (reason := unavailable(column.task))}
     asked = [column for column in suite.columns if column.title not in left_out]
     with fetched(data, config.eval) as sources, _quiet():
-        members = _tasks(asked, new_tokens or (config.eval.new_tokens if suite is DEMO else None))
+        members = _tasks(asked, new_tokens or (config.eval.new_tokens if suite.name == DEMO.name else None))
     every = {task.task_name: task for tasks in members.values() for task in tasks}
     with _quiet():
         model = _open(folder, backend, config.eval.batch_tokens)
@@ -60,7 +59,7 @@ def evaluate_suite(
         "backend": backend,
         "limit": limit,
         "data": dict(sorted(sources.items())),
-        "versions": {name: version(name) for name in ("lm-eval", "transformers", "torch")},
+        "versions": {name: metadata.version(name) for name in ("lm-eval", "transformers", "torch")},
     }
 
 
@@ -84,9 +83,6 @@ def pooled(found: dict[str, Any], names: list[str], column: Column) -> Figure:
 
 def _harness() -> Any:
     """lm-eval's evaluator. Raises UserError where it is not installed."""
-    # The harness would otherwise draw a bar over what is piped into a file.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         from lm_eval import evaluator
     except ImportError as error:
@@ -161,7 +157,8 @@ def _open_vllm(folder: Path) -> Any:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
-        from lm_eval.models import vllm_causallms
+        with _named_for_cpus():
+            from lm_eval.models import vllm_causallms
     except ImportError as error:
         raise UserError(
             f"--backend vllm: cannot be imported ({first_line(error)})",
@@ -178,6 +175,26 @@ def _open_vllm(folder: Path) -> Any:
         raise UserError(
             f"model: {folder} cannot be loaded by vllm ({first_line(error)})", "use --backend hf"
         ) from error
+
+
+@contextmanager
+def _named_for_cpus() -> Iterator[None]:
+    """lm-eval asks for the version of a package `vllm`; built for CPUs it is the package `vllm-cpu`."""
+    asked = metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return asked(name)
+        except metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return f"{asked('vllm-cpu')}+cpu"
+
+    metadata.version = version
+    try:
+        yield
+    finally:
+        metadata.version = asked
 
 
 def _dtype() -> torch.dtype:

@@ -9,17 +9,26 @@ Answers are graded by value (`pipeline.grading`), choices by their letter, progr
 
 import ast
 import re
+import secrets
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.grading import final_answer, same_answer
+from pipeline.sandbox import Sandbox
+from schemas.errors import UserError, first_line
 
 DEMO = "tokensift/demo"
 MATH_TASKS = "HuggingFaceTB/math_tasks"  # the paper's harness's own files
-NEW_TOKENS = 1024
+NEW_TOKENS, PROGRAM_TOKENS = 1024, 512
+PROGRAM_SECONDS = 5.0
 PROGRAMS = ("paper_mbpp", "paper_humaneval")
 Row = dict[str, Any]
+MBPP_PROMPT = (
+    "You are an expert Python programmer, and here is your task: {{text}} Your code should pass these tests:\n\n"
+    "{{test_list | join('\n')}}\n[BEGIN]\n"
+)
 ASKED = "What of the following is the right choice? Explain your answer."
 STEM = frozenset(
     [
@@ -99,6 +108,32 @@ def by_value(row: Row, results: list[str]) -> dict[str, float]:
 def by_letter(row: Row, results: list[str]) -> dict[str, float]:
     """1 if a completion chooses the row's letter."""
     return {"exact_match": float(choice_of(results[0]) == row["target"])}
+
+
+@lru_cache(maxsize=1)
+def sandbox() -> Sandbox:
+    """Where programs run. Raises UserError where nothing is safe."""
+    return Sandbox(seconds=PROGRAM_SECONDS)
+
+
+def by_tests(program: str) -> dict[str, float]:
+    """1 if a program with its tests comes to its end, and not by leaving before they are run."""
+    last = secrets.token_hex(8)
+    outcome = sandbox().run(f"{program}\nprint({last!r})")
+    return {"pass_at_1": float(outcome.ok and outcome.stdout.rstrip().endswith(last))}
+
+
+def _mbpp(row: Row, results: list[str]) -> dict[str, float]:
+    return by_tests("\n".join([row["test_setup_code"] or "", results[0], *row["test_list"]]))
+
+
+def _humaneval(row: Row, results: list[str]) -> dict[str, float]:
+    return by_tests(f"{row['prompt']}{results[0]}\n{row['test']}\ncheck({row['entry_point']})\n")
+
+
+def _canonical(rows: Any) -> Any:
+    """MBPP's tasks 2, 3 and 4: the worked examples of Austin et al. (2021)."""
+    return rows.filter(lambda row: row["task_id"] in (2, 3, 4))
 
 
 # Rows of the data sets as {question, target}; each function takes one row, and gives None for one that is left out.
@@ -211,6 +246,20 @@ def mathematics(
     }
 
 
+def programs(name: str, path: str, until: list[str], **more: Any) -> Row:
+    """A task of generated Python that must pass its tests."""
+    return {
+        "task": name,
+        "dataset_path": path,
+        "output_type": "generate_until",
+        "test_split": "test",
+        "target_delimiter": "",
+        "generation_kwargs": {"until": until, "max_gen_toks": PROGRAM_TOKENS, "do_sample": False},
+        "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
+        **more,
+    }
+
+
 def demo(name: str, file: str, **more: Any) -> Row:
     """A task on one of the config's held-out files."""
     return {"task": name, "dataset_path": DEMO, "dataset_name": file, "test_split": "test", **more}
@@ -232,6 +281,24 @@ TASKS = {
         mathematics("paper_mathqa", "regisss/math_qa", _mathqa, None),
         mathematics("paper_mmlu_stem", "cais/mmlu", _stem, chosen, dataset_name="all"),
         mathematics("paper_sat", MATH_TASKS, _sat, chosen, **_in_file("sat_math")),
+        programs(
+            "paper_mbpp",
+            "google-research-datasets/mbpp",
+            ["[DONE]"],
+            dataset_name="full",
+            doc_to_text=MBPP_PROMPT,
+            doc_to_target="{{code}}\n[DONE]",
+            fewshot_config={"sampler": "first_n", "split": "prompt", "process_docs": _canonical},
+            process_results=_mbpp,
+        ),
+        programs(
+            "paper_humaneval",
+            "openai/openai_humaneval",
+            ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
+            doc_to_text="{{prompt}}",
+            doc_to_target="{{canonical_solution}}",
+            process_results=_humaneval,
+        ),
         demo(
             "demo_problems",
             "problems",
@@ -267,5 +334,11 @@ TASKS = {
 
 
 def unavailable(task: str) -> str | None:
-    """Why a task cannot be run here, or None."""
-    return "it runs generated code, and there is no sandbox" if task in PROGRAMS else None
+    """Why a task cannot be run here, or None: programs run in the sandbox or not at all."""
+    if task not in PROGRAMS:
+        return None
+    try:
+        sandbox()
+    except UserError as error:
+        return first_line(error)
+    return None

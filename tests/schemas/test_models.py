@@ -114,6 +114,12 @@ def test_a_name_that_is_no_folder_and_no_repository_is_an_error(name: str) -> No
         local_model(name, "score.model")
 
 
+def test_a_folder_may_have_an_at_sign_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name@v1").mkdir(parents=True)
+    assert local_model("org/name@v1") == Path("org/name@v1")
+
+
 def test_a_repository_that_cannot_be_fetched_is_an_error() -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(UserError, match="neither a local folder nor to be had from the hub"):

@@ -2,13 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from pipeline.train import names_of
+from schemas.fingerprint import model_fingerprint
 from trainer.card import RANKED, SCHEDULES, SELECTED, card
 from trainer.checkpoint import CARD, State, load_state
+from trainer.data import ScoreShards
 from trainer.export import export_to
 
 STEPS = "optimizer steps"
@@ -70,9 +74,9 @@ def test_the_hub_reads_the_front_matter_and_the_licence_is_left_to_the_publisher
     assert (
         data.license is None and data.base_model is None and data.datasets is None
     )  # a local folder has no name there
-    state = State(1, 1, 1, 1, {}, names={"base": f"org/tiny@{'0' * 40}", "corpus": "org/web@v1"})
+    state = State(1, 1, 1, 1, {}, names={"base": f"org/tiny@{'0' * 40}", "corpus": "org/code@v2, org/web@v1"})
     named = ModelCard(card(state, [])).data
-    assert named.base_model == "org/tiny" and named.datasets == ["org/web"]
+    assert named.base_model == "org/tiny" and named.datasets == ["org/code", "org/web"]
 
 
 def test_an_earlier_checkpoint_s_card_knows_nothing_of_later_and_is_the_same_bytes_again(trained, tmp_path):
@@ -85,6 +89,14 @@ def test_an_earlier_checkpoint_s_card_knows_nothing_of_later_and_is_the_same_byt
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
     export_to(folder / "checkpoints" / "step-0000006", tmp_path / "last")
     assert (tmp_path / "last" / CARD).read_bytes() == (final / CARD).read_bytes()
+
+
+def test_a_reference_of_this_machine_is_told_by_the_hashes_of_its_files(scores):
+    names = names_of(Path(scores.base), ScoreShards(scores.score.output))
+    files = model_fingerprint(Path(scores.score.model))
+    told = table(card(State(1, 1, 1, 1, {}, names=names), []))["reference"]
+    assert told == ", ".join(f"{name} `{number[:16]}`" for name, number in sorted(files.items()))
+    assert names.keys() == {"reference"}
 
 
 def test_what_is_not_known_is_not_said():

@@ -255,7 +255,12 @@ def test_the_dynamics_of_any_run_and_the_models_accuracy_are_on_the_page(experim
     rows = [{"model": "runs/x/slm/final", "target_loss": 4.2, "acc": 0.3, "acc_stderr": 0.03, "acc_norm": 0.2,
              "acc_norm_stderr": 0.02, "chance": 0.25, "ranked": 200}]  # fmt: skip
     (experiment.train.output / "evaluation.json").write_text(json.dumps(rows))
+    figure = {"value": 12.5, "stderr": 2.5, "rows": 8.0}
+    suite = {"model": "runs/x/slm/final", "suite": "math9", "limit": None, "columns": {"GSM8K": figure}}
+    (experiment.train.output / "suite-math9.json").write_text(json.dumps([suite]))
     text = build_report(experiment).read_text()
+    for part in ("Few-shot tasks: math9", "Rho-1-Math 1B (15B)", "12.5 ± 2.5", '<td class="slm">slm</td><td>12.5'):
+        assert part in text
     for part in ("losses move: followed", "Which tokens are learnt?", "at the start</h4>", "30.0% ± 3.0%", "gives 25%"):
         assert part in text
 

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from pipeline.suite.run import Asked
 from pipeline.suite.suites import DEMO
 from schemas.config import Config
 from schemas.errors import UserError
+from tests.helpers import PATIENCE_SECONDS
 
+ROOT = Path(__file__).resolve().parents[3]
 WANTED = Asked(DEMO)
 
 
@@ -116,3 +121,60 @@ def test_an_error_of_what_is_still_there_is_not_passed_over(
         follow(scores, tmp_path, WANTED)
     with pytest.raises(UserError, match=r"--follow: .*nowhere is no folder"):
         follow(scores, tmp_path / "nowhere", WANTED)
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A Ray cluster of another process's on this machine."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout and process.stdin
+        yield next(line for line in process.stdout if line[:1].isdigit()).strip()
+        process.stdin.close()
+        process.wait(PATIENCE_SECONDS)
+
+
+@pytest.mark.slow
+def test_a_run_is_followed_on_a_cluster_while_it_trains(
+    scores: Config, write_config: Callable[[Config, Path], Path], tmp_path: Path, address: str
+) -> None:
+    (tmp_path / "choices.jsonl").write_text('{"prompt": "1 + 1 =", "choices": [" 2", " 3"], "right": 0}\n')
+    (tmp_path / "problems.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n')
+    (tmp_path / "target.jsonl").write_text('{"prompt": "Let $x = 1$;", "text": " then $x > 0$."}\n')
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("choices", "problems", "target")}
+    run = tmp_path / "train" / "slm"
+    run.mkdir(parents=True)
+    every = {"output": tmp_path / "train", "checkpoint_every": 2, "keep_checkpoints": 99}
+    config = scores.model_copy(
+        update={
+            "train": scores.train.model_copy(update=every),
+            "eval": scores.eval.model_copy(update=files | {"new_tokens": 4}),
+        }
+    )
+    path = write_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "pipeline.cli"]
+    rest = ["-c", str(path), "--set", f"score.address={address}", "--suite", "demo", "--follow", str(run)]
+    with subprocess.Popen([*command, "eval", *rest], cwd=ROOT, stdout=subprocess.PIPE, text=True) as follower:
+        subprocess.run([*command, "train", "-c", str(path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        assert follower.wait(PATIENCE_SECONDS) == 0
+        assert follower.stdout
+        shown = follower.stdout.read()
+    checkpoints = sorted(place.name for place in (run / "checkpoints").glob("step-*"))
+    assert len(checkpoints) > 2
+    rows = read_record(run / "suite-demo.jsonl")
+    assert [row["model"] for row in rows] == [*checkpoints, "final"]
+    assert rows[-1]["columns"] == rows[-2]["columns"]  # `final` is the last checkpoint's weights
+    assert rows[-1]["columns"]["bits/byte"] != rows[0]["columns"]["bits/byte"]
+    assert all(name in shown for name in checkpoints)

@@ -14,10 +14,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from pipeline.suite import harness
+from pipeline.suite import tasks as suite_tasks
 from pipeline.suite.data import REVISIONS, fetched
 from pipeline.suite.harness import evaluate_suite
 from pipeline.suite.suites import GENERAL15, MATH9, SUITES, Column, Suite
-from pipeline.suite.tasks import TASKS, unavailable
+from pipeline.suite.tasks import PROGRAMS, TASKS, unavailable
 from schemas.config import Config, Evaluation
 from schemas.errors import UserError
 
@@ -112,6 +113,42 @@ def test_right_solutions_count_whatever_their_form_and_wrong_ones_do_not(
     assert values(evaluate_suite(scores, Path(), MATH9, data=data)) == dict.fromkeys(
         [column.title for column in MATH9.columns], 0.0
     )
+
+
+def test_programs_pass_by_their_tests_and_only_in_the_sandbox(
+    scores: Config,
+    data: Path,
+    script: Callable[[Callable[[str], str]], Scripted],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    suite = replace(GENERAL15, columns=tuple(one for one in GENERAL15.columns if one.task in PROGRAMS))
+    if reason := unavailable("paper_mbpp"):
+        pytest.skip(reason)
+    bodies = {
+        "square a number": "def square(n):\n    return n ** 2",
+        "reverse a string": "def turned(s):\n    return ''.join(reversed(s))",
+        "def triple": "    return n + n + n",
+        "def is_even": "    return not n % 2",
+    }
+    model = script(lambda prompt: next(body for word, body in bodies.items() if word in prompt[-400:]))
+    assert values(evaluate_suite(scores, Path(), suite, data=data)) == {"MBPP": 100, "HumanEval": 100}
+    mbpp = next(one for one in model.prompts if "reverse a string" in one)
+    assert [f"task: Write a function to {what}" in mbpp for what in ("double", "add", "negate", "find")] == [0, 1, 1, 1]
+    assert mbpp.endswith(
+        "pass these tests:\n\nassert turned('ab') == 'ba'\nassert turned('') == ''\nassert turned('aa') == 'aa'\n[BEGIN]\n"
+    )
+    script(lambda prompt: "    while True: pass" if "def triple" in prompt else "import os; os._exit(0)")
+    assert values(evaluate_suite(scores, Path(), suite, data=data)) == {"MBPP": 0, "HumanEval": 0}
+
+    def no_sandbox() -> None:
+        raise UserError("no bubblewrap here", "install it")
+
+    monkeypatch.setattr(suite_tasks, "sandbox", no_sandbox)
+    mixed = replace(GENERAL15, columns=tuple(one for one in GENERAL15.columns if one.title in ("GSM8K", "HumanEval")))
+    script(solved)
+    row = evaluate_suite(scores, Path(), mixed, data=data)
+    assert row["columns"].keys() == {"GSM8K"}
+    assert "no bubblewrap" in row["left_out"]["HumanEval"]
 
 
 def test_prompts_are_those_of_the_papers_harness(
@@ -243,12 +280,16 @@ def test_the_demo_suite_runs_on_the_configs_held_out_files(scores: Config, long_
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = scores.eval.model_copy(update={name: tmp_path / f"{name}.jsonl" for name in files} | {"new_tokens": 4})
-    row = evaluate_suite(scores.model_copy(update={"eval": held_out}), long_model, SUITES["demo"])
+    demo = replace(SUITES["demo"])  # as a task on a cluster gets it: equal, not the same
+    row = evaluate_suite(scores.model_copy(update={"eval": held_out}), long_model, demo)
     assert row["columns"].keys() == {"problems", "choices", "choices, norm", "bits/byte"}
     assert row["columns"]["choices"]["value"] in (0, 100)
     assert row["columns"]["bits/byte"]["value"] > 1
+    longer = held_out.model_copy(update={"new_tokens": 9000})
+    with pytest.raises(UserError, match=r"may take 9000 tokens"):
+        evaluate_suite(scores.model_copy(update={"eval": longer}), long_model, demo)
     with pytest.raises(UserError, match=r"eval\.problems.*tokensift data"):
-        evaluate_suite(scores, long_model, SUITES["demo"])
+        evaluate_suite(scores, long_model, demo)
 
 
 def test_a_data_set_that_is_not_there_is_named_with_the_command_that_fetches_it(

@@ -143,7 +143,8 @@ def lives(box: Sandbox, aim: str, attack: Attack) -> Outcome:
     assert (
         max(len(outcome.stdout.encode()), len(outcome.stderr.encode())) <= 3 * OUTPUT
     )  # three bytes for one of no text
-    assert not [child for child in psutil.Process().children(recursive=True) if child.name() in ("bwrap", "python")]
+    children = [child.as_dict(["cmdline"]) for child in psutil.Process().children(recursive=True)]
+    assert "program.py" not in str(children)  # of all that a sandbox starts it is in the command line
     return outcome
 
 

@@ -33,4 +33,4 @@ def finetune(config: Config) -> Path:
     base, settings = local_model(config.base), config.train.model_copy(update={"output": config.train.folder})
     tokenizer = open_tokenizer(base, "base")
     source = partial(tokenised, config.corpus, tokenizer, config.context, config.train.output / TOKENS)
-    return run_training(f"fine-tune {settings.output.name}", config, settings, base, source, tokenizer, config.corpus)
+    return run_training(f"fine-tune {settings.output.name}", config, settings, base, source, tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.evaluate import HeldOutLosses
 from pipeline.progress import bar, say
 from pipeline.tokens import tokenised
-from schemas.config import Config, Corpus, Train
+from schemas.config import Config, Train
 from schemas.conversation import template_hash, templated
 from schemas.errors import UserError
 from schemas.fingerprint import difference, tokenizer_fingerprint
@@ -32,8 +32,7 @@ def train_live(config: Config) -> Path:
     """Stage 2: train from the base on stored scores; one folder a run. Returns the final model's folder."""
     die_with_parent()
     settings, base, source, tokenizer = prepared(config)
-    scored = None if settings.scores or settings.mixture else config.corpus
-    return run_training(f"train {settings.output.name}", config, settings, base, lambda _: source, tokenizer, scored)
+    return run_training(f"train {settings.output.name}", config, settings, base, lambda _: source, tokenizer)
 
 
 def prepared(config: Config) -> tuple[Train, Path, Source, Any]:
@@ -78,17 +77,17 @@ def train_reference(config: Config) -> Path:
     base, settings, corpus = local_model(config.base), config.reference.train, config.reference.corpus
     tokenizer = open_tokenizer(base, "base")
     source = partial(tokenised, corpus, tokenizer, config.context, settings.output / TOKENS)
-    return run_training("train reference", config, settings, base, source, tokenizer, corpus)
+    return run_training("train reference", config, settings, base, source, tokenizer)
 
 
-def names_of(base: Path, source: Source, corpus: Corpus | None) -> dict[str, str]:
-    """What base, references and corpus are known as on the hub, references of this machine by hashes of their files; and
-    what kind of data it is, if not texts."""
-    on_hub = corpus and corpus.dataset and not Path(corpus.dataset).exists()
+def names_of(base: Path, source: Source) -> dict[str, str]:
+    """What base, references and corpora are known as on the hub, references of this machine by hashes of their files; and
+    what kind of data it is, if not texts.
+    """
     names = {
         "base": known_as(base),
         "reference": ", ".join(sorted(getattr(source, "scored_by", ()))),
-        "corpus": corpus.dataset if corpus and on_hub else None,
+        "corpus": ", ".join(sorted(getattr(source, "made_of", ()))),
         "data": RESPONSES_ALONE if getattr(source, "conversations", False) else None,
     }
     return {what: name for what, name in names.items() if name}
@@ -114,18 +113,9 @@ def blocks(over: list[float]) -> str:
 
 
 def run_training(
-    title: str,
-    config: Config,
-    settings: Train,
-    base: Path,
-    data: Callable[[Ranks], Source],
-    tokenizer: Any,
-    corpus: Corpus | None = None,
+    title: str, config: Config, settings: Train, base: Path, data: Callable[[Ranks], Source], tokenizer: Any
 ) -> Path:
-    """Run the trainer with a live view and held-out evaluation; every rank calls for the `data` together.
-
-    `corpus`: where the data come from, if that is known.
-    """
+    """Run the trainer with a live view and held-out evaluation; every rank calls for the `data` together."""
     require_wandb(settings.wandb)
     losses = HeldOutLosses(config, tokenizer)
     evaluate = losses if losses.sets else None
@@ -137,7 +127,7 @@ def run_training(
                 def show(row: dict[str, Any], done: float) -> None:
                     progress.update(done, *described(row))
 
-                names = names_of(base, source, corpus)
+                names = names_of(base, source)
                 return train(Run(settings, config.context, base, source, tokenizer, ranks, evaluate, show, names))
         except Stopped as stopped:
             if ranks.first:

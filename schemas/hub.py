@@ -5,6 +5,7 @@ from pathlib import Path
 
 NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([^\s@]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+DATASET_FILE = re.compile(r"hf://datasets/([^@]+@[0-9a-f]{40})/.*")
 
 
 def split(name: str) -> tuple[str, str | None]:
@@ -21,3 +22,9 @@ def known_as(folder: Path) -> str | None:
     if folder.parent.name != "snapshots" or kind != "models" or not parts or not COMMIT.fullmatch(folder.name):
         return None
     return f"{'/'.join(parts)}@{folder.name}"
+
+
+def dataset_of(url: str) -> str | None:
+    """`org/name@commit` of a file of the hub's data sets; None of any other."""
+    found = DATASET_FILE.fullmatch(url)
+    return found[1] if found else None

@@ -17,7 +17,7 @@ import torch
 from schemas.config import Context, Corpus, Score
 from schemas.conversation import Piece, templated
 from schemas.disk import writing
-from schemas.hub import known_as
+from schemas.hub import dataset_of, known_as
 from schemas.models import open_tokenizer
 from schemas.receipt import HISTOGRAM_EDGES_NATS, Canary, Layout, Receipt, read_receipt, write_receipt
 from schemas.shard import Window, encode_shard, open_shard, read_group, shard_schema
@@ -213,10 +213,16 @@ def put_quarantine(layout: Layout, unit: Unit, rejected: Sequence[Rejected]) -> 
 
 
 def receipt_of(
-    unit: Unit, shard: bytes, windows: list[Window], rejected: list[Rejected], quarantine: str | None, **more: Any
+    unit: Unit,
+    shard: bytes,
+    windows: list[Window],
+    rejected: list[Rejected],
+    quarantine: str | None,
+    engine: dict[str, Any],
+    **more: Any,
 ) -> Receipt:
     """The receipt of a unit whose `shard` holds `windows`, with losses or without; `more`: what only its maker knows."""
-    losses = _flat_losses(windows)
+    losses, corpus = _flat_losses(windows), dataset_of(unit.url)
     return Receipt(
         unit=unit.name,
         shard=unit.url.rsplit("/", 1)[-1],
@@ -233,6 +239,7 @@ def receipt_of(
         loss_sum=float(losses.sum()),
         loss_count=len(losses),
         loss_histogram=np.histogram(losses, [*HISTOGRAM_EDGES_NATS, np.inf])[0].tolist(),
+        engine=engine | ({"corpus": corpus} if corpus else {}),
         **more,
     )
 

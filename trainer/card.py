@@ -53,7 +53,7 @@ def _front_matter(state: State) -> str:
     if "base" in state.names:
         known["base_model"] = state.names["base"].partition("@")[0]
     if "corpus" in state.names:
-        known["datasets"] = [state.names["corpus"].partition("@")[0]]
+        known["datasets"] = [name.partition("@")[0] for name in state.names["corpus"].split(", ")]
     return f"---\n{yaml.safe_dump(known, sort_keys=True)}---\n"
 
 

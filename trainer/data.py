@@ -59,6 +59,7 @@ class ScoreShards:
     """The committed units of a score dataset, indexed by their Parquet footers alone.
 
     scored_by: what its models are known as on the hub, or the hashes of their files; nothing if it was never scored.
+    made_of: what its corpora are known as there.
     """
 
     def __init__(self, root: Place, partial: bool = False, cache: Cache | None = None):
@@ -82,6 +83,7 @@ class ScoreShards:
         self.fingerprint = digest([self.dataset, sorted(receipt.sha256 for receipt in receipts.values())])
         self.tokens = sum(receipt.tokens for receipt in receipts.values())
         self.scored_by = _models(self.dataset, receipts.values())
+        self.made_of = frozenset(receipt.engine.get("corpus", "") for receipt in receipts.values()) - {""}
         self._counts: np.ndarray | None = None
 
     def _groups(self, path: Place, receipt: Receipt) -> list["Group"]:

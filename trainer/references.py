@@ -32,6 +32,7 @@ class References:
         self.group_sizes, self.tokens, self.conversations = first.group_sizes, first.tokens, first.conversations
         self.columns = frozenset.intersection(*(one.columns for one in datasets))
         self.scored_by = frozenset.union(*(one.scored_by for one in datasets))
+        self.made_of = first.made_of
         self.fingerprint = digest([one.fingerprint for one in datasets])
         self.matches = [_match(first, other) for other in others]
 

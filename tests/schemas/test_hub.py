@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.hub import known_as, split
+from schemas.hub import dataset_of, known_as, split
 from tests.hub import Hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -82,6 +82,12 @@ def test_only_a_folder_of_the_hubs_cache_is_known_by_a_name() -> None:
         assert known_as(cache / other) is None
 
 
+def test_a_file_of_the_hubs_data_sets_is_known_by_name_and_commit() -> None:
+    assert dataset_of(f"hf://datasets/org/web@{COMMIT}/data/a.parquet") == f"org/web@{COMMIT}"
+    for other in ("s3://bucket/a.parquet", "/data/a.parquet", "hf://datasets/org/web/a.parquet"):
+        assert dataset_of(other) is None
+
+
 def test_a_revision_is_what_is_fetched_its_commit_is_kept_and_a_moved_branch_is_refused(
     hub: Hub, tiny_model: Path, corpus_tools, make_config, write_config, tmp_path: Path
 ) -> None:
@@ -109,7 +115,7 @@ def test_a_revision_is_what_is_fetched_its_commit_is_kept_and_a_moved_branch_is_
     run(SCORE_AND_TRAIN)
     card = (tmp_path / "run" / "train" / "slm" / "final" / "README.md").read_text()
     assert "base_model: org/tiny\n" in card and "datasets:\n- org/web\n" in card
-    for row in (f"| base | org/tiny@{first} |", f"| reference | org/tiny@{first} |", "| corpus | org/web@v1 |"):
+    for row in (f"| base | org/tiny@{first} |", f"| reference | org/tiny@{first} |", f"| corpus | org/web@{web} |"):
         assert row in card
     fetched = {file.name for file in (tmp_path / "home" / "hub" / "models--org--tiny" / "snapshots" / first).iterdir()}
     assert fetched == {file.name for file in tiny_model.iterdir()}

@@ -74,9 +74,9 @@ def test_the_hub_reads_the_front_matter_and_the_licence_is_left_to_the_publisher
     assert (
         data.license is None and data.base_model is None and data.datasets is None
     )  # a local folder has no name there
-    state = State(1, 1, 1, 1, {}, names={"base": f"org/tiny@{'0' * 40}", "corpus": "org/web@v1"})
+    state = State(1, 1, 1, 1, {}, names={"base": f"org/tiny@{'0' * 40}", "corpus": "org/code@v2, org/web@v1"})
     named = ModelCard(card(state, [])).data
-    assert named.base_model == "org/tiny" and named.datasets == ["org/web"]
+    assert named.base_model == "org/tiny" and named.datasets == ["org/code", "org/web"]
 
 
 def test_an_earlier_checkpoint_s_card_knows_nothing_of_later_and_is_the_same_bytes_again(trained, tmp_path):
@@ -92,7 +92,7 @@ def test_an_earlier_checkpoint_s_card_knows_nothing_of_later_and_is_the_same_byt
 
 
 def test_a_reference_of_this_machine_is_told_by_the_hashes_of_its_files(scores):
-    names = names_of(Path(scores.base), ScoreShards(scores.score.output), scores.corpus)
+    names = names_of(Path(scores.base), ScoreShards(scores.score.output))
     files = model_fingerprint(Path(scores.score.model))
     told = table(card(State(1, 1, 1, 1, {}, names=names), []))["reference"]
     assert told == ", ".join(f"{name} `{number[:16]}`" for name, number in sorted(files.items()))

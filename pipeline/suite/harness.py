@@ -43,7 +43,7 @@ def evaluate_suite(
     left_out = {column.title: reason for column in suite.columns if (reason := unavailable(column.task))}
     asked = [column for column in suite.columns if column.title not in left_out]
     with fetched(data, config.eval) as sources, _quiet():
-        members = _tasks(asked, new_tokens or (config.eval.new_tokens if suite is DEMO else None))
+        members = _tasks(asked, new_tokens or (config.eval.new_tokens if suite.name == DEMO.name else None))
     every = {task.task_name: task for tasks in members.values() for task in tasks}
     with _quiet():
         model = _open(folder, backend, config.eval.batch_tokens)

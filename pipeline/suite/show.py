@@ -82,7 +82,9 @@ def markdown(found: Grid) -> str:
 
 def text(found: Grid) -> Table:
     """The table for a terminal: the paper's rows dim."""
-    table = Table(*found.head)
+    table = Table()
+    for title in found.head:
+        table.add_column(title, overflow="fold")  # a model's whole name, not its beginning
     for row in found.paper:
         table.add_row(*row, style="dim")
     for row in found.ours:

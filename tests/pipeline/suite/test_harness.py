@@ -280,12 +280,16 @@ def test_the_demo_suite_runs_on_the_configs_held_out_files(scores: Config, long_
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = scores.eval.model_copy(update={name: tmp_path / f"{name}.jsonl" for name in files} | {"new_tokens": 4})
-    row = evaluate_suite(scores.model_copy(update={"eval": held_out}), long_model, SUITES["demo"])
+    demo = replace(SUITES["demo"])  # as a task on a cluster gets it: equal, not the same
+    row = evaluate_suite(scores.model_copy(update={"eval": held_out}), long_model, demo)
     assert row["columns"].keys() == {"problems", "choices", "choices, norm", "bits/byte"}
     assert row["columns"]["choices"]["value"] in (0, 100)
     assert row["columns"]["bits/byte"]["value"] > 1
+    longer = held_out.model_copy(update={"new_tokens": 9000})
+    with pytest.raises(UserError, match=r"may take 9000 tokens"):
+        evaluate_suite(scores.model_copy(update={"eval": longer}), long_model, demo)
     with pytest.raises(UserError, match=r"eval\.problems.*tokensift data"):
-        evaluate_suite(scores, long_model, SUITES["demo"])
+        evaluate_suite(scores, long_model, demo)
 
 
 def test_a_data_set_that_is_not_there_is_named_with_the_command_that_fetches_it(

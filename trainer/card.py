@@ -21,8 +21,8 @@ RANKED = {
     "step": "ranked over the optimizer step",
 }
 SCHEDULES = {
-    "cosine": "cosine to {min_learning_rate_ratio:g} of it, warm-up over {warmup:.1%} of the run",
-    "wsd": "constant, then down to {min_learning_rate_ratio:g} of it over the last {decay:.1%}, warm-up over {warmup:.1%}",
+    "cosine": "cosine down to {min_learning_rate_ratio:.0%} of it, warm-up over {warmup:.1%} of the run",
+    "wsd": "constant, then down to {min_learning_rate_ratio:.0%} of it over the last {decay:.1%}, warm-up over {warmup:.1%}",
     "constant": "constant, warm-up over {warmup:.1%} of the run",
 }
 FIGURES = {"loss": "nats/token", "bits_per_byte": "bits/byte"}  # how names of held-out figures end, and their units

@@ -20,6 +20,7 @@ from schemas.errors import UserError
 
 LONGEST = 1_000  # characters of an answer; what is longer is none
 CPU_SECONDS = 3.0  # of one question; of the processor, so that no verdict depends on how busy the machine is
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # their stacks alone would fill its memory
 SIGNIFICANT = 4  # digits of a decimal that stands for all that rounds to it
 YES_OR_NO = ("yes", "no", "true", "false")
 # Words after a number that say more than what it counts.
@@ -194,6 +195,9 @@ class Judge:
                 answer = process.stdout.readline()
             except OSError:
                 answer = ""
+            except BaseException:  # interrupted: its answer must not be taken for the next question's
+                self.end()
+                raise
             if not answer:
                 self.end()
             return json.loads(answer) if answer else None
@@ -202,12 +206,17 @@ class Judge:
         if self.process is None or self.owner != os.getpid():
             if find_spec("math_verify") is None:
                 raise UserError("math-verify, which grades answers, is not installed", "pip install 'tokensift[eval]'")
+            command = [sys.executable, "-m", "pipeline.verdict", str(self.seconds)]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.verdict", str(self.seconds)],
+                command,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                cwd=Path(__file__).resolve().parents[1], encoding="utf-8",
+                cwd=Path(__file__).resolve().parents[1], encoding="utf-8", env=os.environ | ONE_THREAD,
             )  # fmt: skip
             self.owner = os.getpid()
+            assert self.process.stdout
+            if not self.process.stdout.readline():  # else every answer would be wrong without a word
+                self.end()
+                raise UserError("the process that grades answers does not start", f"`{' '.join(command)}` says why")
         return self.process
 
     def end(self) -> None:

@@ -96,6 +96,8 @@ def main(seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asker's
     logging.disable()
     parsed("x")  # loading takes more than most questions
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     for line in sys.stdin:
         kind, *texts = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)

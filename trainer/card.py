@@ -21,8 +21,8 @@ RANKED = {
     "step": "ranked over the optimizer step",
 }
 SCHEDULES = {
-    "cosine": "cosine to {min_learning_rate_ratio:g} of it, warm-up over {warmup:.1%} of the run",
-    "wsd": "constant, then down to {min_learning_rate_ratio:g} of it over the last {decay:.1%}, warm-up over {warmup:.1%}",
+    "cosine": "cosine down to {min_learning_rate_ratio:.0%} of it, warm-up over {warmup:.1%} of the run",
+    "wsd": "constant, then down to {min_learning_rate_ratio:.0%} of it over the last {decay:.1%}, warm-up over {warmup:.1%}",
     "constant": "constant, warm-up over {warmup:.1%} of the run",
 }
 FIGURES = {"loss": "nats/token", "bits_per_byte": "bits/byte"}  # how names of held-out figures end, and their units
@@ -68,6 +68,7 @@ def _facts(state: State) -> str:
         "objective": f"`{train['objective']}`: trained on {_selected(train)}" if "objective" in train else None,
         "reference": names.get("reference"),
         "corpus": names.get("corpus"),
+        "data": names.get("data"),
         "data's fingerprint": f"`{dataset}`" if dataset else None,
         "context": "{window} tokens; BOS {bos}, EOS {eos}".format(**context) if context else None,
         "optimizer steps": f"{state.step:,}",

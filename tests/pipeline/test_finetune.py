@@ -65,6 +65,7 @@ def test_finetune_needs_no_scores_resumes_to_the_same_losses_and_the_model_chats
     assert losses(folder) == whole and (final / "model.safetensors").read_bytes() == weights
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert tokenizer.chat_template == TEMPLATES["problem"]
+    assert "only what the assistant says" in (final / "README.md").read_text()
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "2 + 3?"}], tokenize=False)
     assert prompt == "<s>Problem: 2 + 3?\nAnswer:"
 

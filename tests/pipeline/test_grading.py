@@ -1,9 +1,11 @@
 """Graders: verdicts judged by hand, and no text that hangs, fills or breaks whoever asks."""
 
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -131,6 +133,20 @@ def test_a_grader_that_was_killed_is_replaced_and_a_forked_process_has_its_own()
     judge.end()
 
 
+def test_an_interrupted_question_s_answer_is_not_taken_for_the_next_one_s() -> None:
+    judge = Judge()
+    assert judge.ask("same", "2x", "x+x") is True
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            judge.ask("same", "99999999!", "1")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert judge.ask("same", "2x", "x+x") is True
+    judge.end()
+
+
 def test_numbers_and_words_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "_judge", None)
     assert same_answer("1,250.0", "1250") and not same_answer("7", "8") and same_answer("Yes.", "yes")
@@ -141,6 +157,13 @@ def test_without_math_verify_the_way_on_is_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(grading, "_judge", Judge())
     monkeypatch.setattr(grading, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'tokensift\[eval\]'"):
+        same_answer("2x", "x+x")
+
+
+def test_a_grader_that_does_not_start_is_told_instead_of_grading_all_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading, "_judge", Judge())
+    monkeypatch.setattr(grading, "sys", SimpleNamespace(executable="/bin/false"))
+    with pytest.raises(UserError, match=r"does not start; `/bin/false -m pipeline\.verdict 3\.0` says why"):
         same_answer("2x", "x+x")
 
 

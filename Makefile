@@ -8,7 +8,7 @@ SIFT    := .venv/bin/tokensift
 # Idle threads sleep instead of spinning: a busy machine would otherwise run many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup vllm demo reference score train eval report pictures test test-all test-vllm lint format bench bench-train mutants clean
+.PHONY: help setup vllm demo reference score train finetune eval report pictures test test-all test-vllm lint format bench bench-train mutants clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -44,6 +44,11 @@ score: setup     ## stage 1: reference losses to Parquet    (CONFIG=...)
 
 train: setup     ## stage 2: train on the selected tokens   (CONFIG=..., NPROC=...)
 	$(call torchrun,train)
+
+finetune: setup  ## the demo's model on made conversations with a Python tool, after `make demo`
+	$(SIFT) data --config configs/finetune-demo.yaml
+	$(SIFT) finetune --config configs/finetune-demo.yaml
+	$(SIFT) eval --tool --config configs/finetune-demo.yaml
 
 eval: setup      ## held-out loss and exact match           (CONFIG=...)
 	$(SIFT) eval --config $(CONFIG)

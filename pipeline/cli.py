@@ -314,6 +314,8 @@ def eval_(
     """Held-out target-domain loss, exact match and ranked answers on held-out problems, or few-shot tasks, for any checkpoint."""
     loaded = read_config(config, set_)
     if suite is not None:
+        if tool:
+            raise UserError("--tool: a suite's tasks are asked without a tool", "leave out --tool or --suite")
         from pipeline.suite.run import run_suite
 
         return run_suite(loaded, models or [], suite, backend, limit, data, json_, output, follow)

@@ -47,9 +47,16 @@ class Sample:
     starts: list[int]
     of: str
 
+    def places(self) -> list[np.ndarray]:
+        """The judged tokens of each window: from its start on, of a conversation those that are trained on."""
+        return [
+            np.arange(start, len(window.tokens)) if window.trained is None else np.flatnonzero(window.trained)
+            for window, start in zip(self.windows, self.starts, strict=True)
+        ]
+
     def judged(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """The judged tokens' values, window after window."""
-        return np.concatenate([one[start:] for one, start in zip(values, self.starts, strict=True)])
+        return np.concatenate([one[places] for one, places in zip(values, self.places(), strict=True)])
 
 
 def dynamics(config: Config, models: list[str], on_target: bool, tokens: int, output: Path | None) -> dict[str, Any]:
@@ -207,8 +214,8 @@ def plain(value: Any) -> Any:
 
 def encode(sample: Sample, found: Followed, tokenizer: Any) -> bytes:
     """A row a judged token, as the bytes of a Parquet file."""
-    counts = [len(window.tokens) - start for window, start in zip(sample.windows, sample.starts, strict=True)]
-    places = [np.arange(start, len(w.tokens)) for w, start in zip(sample.windows, sample.starts, strict=True)]
+    places = sample.places()
+    counts = list(map(len, places))
     tokens = sample.judged([window.tokens for window in sample.windows])
     spelt = sample.judged([np.array(spell(tokenizer, w.tokens.tolist()), dtype=object) for w in sample.windows])
     names = pa.array(CATEGORIES).dictionary_encode()
@@ -260,9 +267,11 @@ def show(figures: dict[str, Any]) -> None:
 
 def coloured(sample: Sample, found: Followed, tokenizer: Any) -> Text:
     """The first window, each judged token on the colour of its category."""
-    window, start = sample.windows[0], sample.starts[0]
+    window = sample.windows[0]
     words = spell(tokenizer, window.tokens[:SHOWN_TOKENS].tolist())
-    text = Text.assemble("\n", (printable(window.doc_id), "bold"), "\n", *words[:start])
-    for word, number in zip(words[start:], found.category, strict=False):
-        text.append(word, style=f"black on {COLOURS[CATEGORIES[number]]}")
+    text = Text.assemble("\n", (printable(window.doc_id), "bold"), "\n")
+    judged = dict(zip(sample.places()[0].tolist(), found.category.tolist(), strict=False))
+    for place, word in enumerate(words):
+        style = f"black on {COLOURS[CATEGORIES[judged[place]]]}" if place in judged else ""
+        text.append(word, style=style)
     return text

@@ -122,7 +122,7 @@ class Sandbox:
         ]
         self.tree = tree(packages, disk)
         self.packages = packages is not None
-        self.root = os.geteuid() == 0
+        self.root = os.geteuid() == 0 and has_users()
         self._users = itertools.cycle(USERS)
         for _ in range(os.getpid() % len(USERS)):  # another process's sandboxes begin elsewhere
             next(self._users)
@@ -149,9 +149,9 @@ class Sandbox:
             stack.callback(process.kill)
             tell_started.close()
             tell_ended.close()
-            return self._watch(process, started.fileno(), ended.fileno())
+            return self._watch(process, started, ended.fileno())
 
-    def _watch(self, process: "subprocess.Popen[bytes]", started: int, ended: int) -> Outcome:
+    def _watch(self, process: "subprocess.Popen[bytes]", started: IO[bytes], ended: int) -> Outcome:
         """Read what comes until the first process of the namespace, which is its last, has ended or is out of time."""
         assert process.stdout and process.stderr
         kept = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
@@ -165,11 +165,14 @@ class Sandbox:
                 if left <= 0 and not late:
                     process.kill()
                     late = True
+                    if not begun:  # half made it could outlive bubblewrap: it shall find that nobody waits for it
+                        selector.unregister(started)
+                        started.close()
                 for key, _ in selector.select(max(0, left) if not late else None):
                     data = os.read(key.fd, 1 << 16)
                     if not data:
                         selector.unregister(key.fd)
-                    elif key.fd == started:
+                    elif key.fileobj is started:
                         begun = time.monotonic()
                         until = begun + self.seconds
                     elif key.fd in kept:
@@ -234,6 +237,13 @@ def seccomp_rules() -> bytes:
         allow(library, ALLOWED, file.fileno())
         file.seek(0)
         return file.read()
+
+
+def has_users() -> bool:
+    """Whether numbers of `USERS` can be taken here; not in a container that knows root alone."""
+    lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
+    ranges = [(int(start), int(count)) for start, _, count in map(str.split, lines)]
+    return any(start <= USERS.start and USERS.stop <= start + count for start, count in ranges)
 
 
 def reason_of(status: int) -> str:

@@ -24,6 +24,7 @@ from trainer.ranks import Ranks, die_with_parent, joined
 from trainer.references import References
 
 TOKENS = "tokens"  # folder of the reference's corpus, below its output
+RESPONSES_ALONE = "conversations: only what the assistant says in them counts as tokens to train on"
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -80,11 +81,14 @@ def train_reference(config: Config) -> Path:
 
 
 def names_of(base: Path, source: Source) -> dict[str, str]:
-    """What base, references and corpora are known as on the hub; references of this machine by hashes of their files."""
+    """What base, references and corpora are known as on the hub, references of this machine by hashes of their files; and
+    what kind of data it is, if not texts.
+    """
     names = {
         "base": known_as(base),
         "reference": ", ".join(sorted(getattr(source, "scored_by", ()))),
         "corpus": ", ".join(sorted(getattr(source, "made_of", ()))),
+        "data": RESPONSES_ALONE if getattr(source, "conversations", False) else None,
     }
     return {what: name for what, name in names.items() if name}
 

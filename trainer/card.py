@@ -68,6 +68,7 @@ def _facts(state: State) -> str:
         "objective": f"`{train['objective']}`: trained on {_selected(train)}" if "objective" in train else None,
         "reference": names.get("reference"),
         "corpus": names.get("corpus"),
+        "data": names.get("data"),
         "data's fingerprint": f"`{dataset}`" if dataset else None,
         "context": "{window} tokens; BOS {bos}, EOS {eos}".format(**context) if context else None,
         "optimizer steps": f"{state.step:,}",

@@ -29,7 +29,7 @@ class References:
         """
         self.datasets = datasets
         first, *others = datasets
-        self.group_sizes, self.tokens = first.group_sizes, first.tokens
+        self.group_sizes, self.tokens, self.conversations = first.group_sizes, first.tokens, first.conversations
         self.columns = frozenset.intersection(*(one.columns for one in datasets))
         self.scored_by = frozenset.union(*(one.scored_by for one in datasets))
         self.made_of = first.made_of

@@ -1,5 +1,6 @@
 """The report's text: a few windows of the corpus, judged by the trained model beside the stored reference losses."""
 
+from dataclasses import replace
 from itertools import groupby, islice
 
 import numpy as np
@@ -35,7 +36,13 @@ def chosen_windows(scores: Place) -> list[Window]:
         by_shard.append(list(islice((row for row in middles if len(row.tokens) >= FEWEST_TOKENS), SHOWN_WINDOWS)))
     turns = [rows[turn] for turn in range(SHOWN_WINDOWS) for rows in by_shard if turn < len(rows)]
     return [
-        Window(row.doc_id, row.index, row.tokens[:SHOWN_TOKENS], row.ref_loss[:SHOWN_TOKENS])  # type: ignore[index]
+        replace(
+            row,
+            tokens=row.tokens[:SHOWN_TOKENS],
+            ref_loss=row.ref_loss[:SHOWN_TOKENS],  # type: ignore[index]
+            ref_entropy=None,
+            trained=None if row.trained is None else row.trained[:SHOWN_TOKENS],
+        )
         for row in turns[:SHOWN_WINDOWS]
     ]
 
@@ -54,7 +61,8 @@ def judge_documents(config: Config) -> list[tuple[str, list[Token]]]:
     dtype = getattr(torch, config.train.dtype) if device == "cuda" else torch.float32
     model = open_model(folder, "slm", config.context.window, dtype=dtype, device=device)
     tokenizer, lengths = open_tokenizer(folder, "slm"), [len(window.tokens) for window in windows]
-    batch = collate([window.tokens for window in windows], model.rows(lengths, max(lengths))).to(device)
+    rows, trained = model.rows(lengths, max(lengths)), [window.trained for window in windows]
+    batch = collate([window.tokens for window in windows], rows, trained=trained).to(device)
     live = batch.gather(batch_losses(model, batch).loss)
     reference = [window.ref_loss.astype(np.float32) for window in windows]  # type: ignore[union-attr]
     excess = torch.from_numpy(np.concatenate(live) - np.concatenate(reference))

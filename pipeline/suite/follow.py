@@ -25,6 +25,7 @@ def follow(config: Config, run: Path, wanted: Asked) -> list[dict[str, Any]]:
     """
     if not run.is_dir():
         raise UserError(f"--follow: {run} is no folder", "name a run's own folder, <train.output>/<run>")
+    _refuse_another(record_of(run, wanted), wanted)
     if config.score.address is None:
         return _follow(config, run, wanted, lambda function, *given: function(*given), threading.Event())
     from score_jobs.pool import on_cluster
@@ -35,7 +36,7 @@ def follow(config: Config, run: Path, wanted: Asked) -> list[dict[str, Any]]:
 def _follow(
     config: Config, run: Path, wanted: Asked, call: Callable[..., Any], stop: threading.Event
 ) -> list[dict[str, Any]]:
-    record = run / f"suite-{wanted.suite.name}.jsonl"
+    record = record_of(run, wanted)
     lost: set[str] = set()
     while not stop.is_set():
         rows = read_record(record)
@@ -59,6 +60,22 @@ def _follow(
         _append(record, row | {"model": due[0]})
         say(f"{due[0]}: {_brief(row)}")
     return read_record(record)
+
+
+def record_of(run: Path, wanted: Asked) -> Path:
+    """Where a run's rows of a suite are."""
+    return run / f"suite-{wanted.suite.name}.jsonl"
+
+
+def _refuse_another(record: Path, wanted: Asked) -> None:
+    """Raise UserError if rows that are there were asked for otherwise: one table would hold two kinds."""
+    for row in read_record(record):
+        for name, now in (("limit", wanted.limit), ("backend", wanted.backend)):
+            if row[name] != now:
+                raise UserError(
+                    f"{record}: {row['model']} was evaluated with --{name} {row[name]}, not {now}",
+                    "ask for the same, or move the file away",
+                )
 
 
 def _names(run: Path, finished: bool) -> list[str]:

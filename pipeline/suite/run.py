@@ -42,6 +42,8 @@ def run_suite(
     """`tokensift eval --suite`: evaluate models, or a run's checkpoints as they appear, and show the table."""
     wanted = asked(suite, backend, limit, data)
     if followed is not None:
+        if models:
+            raise UserError(f"--follow {followed}: beside models by name", "leave the models out")
         from pipeline.suite.follow import follow
 
         rows = follow(config, followed, wanted)

@@ -38,7 +38,8 @@ def talks(make_config, corpus_tools, tmp_path):
     corpus_tools.write_documents(tmp_path / "talks.jsonl", rows)
     corpus = {"paths": [str(tmp_path / "talks.jsonl")], "messages": "messages", "template": "problem", "id": None}
     config = make_config(
-        tmp_path, {"train.objective": "clm", "score.max_quarantined": 0.2, "train.checkpoint_every": 2}
+        tmp_path,
+        {"train.objective": "clm", "score.max_quarantined": 0.2, "train.checkpoint_every": 2, "train.keep_every": 2},
     )
     return config.model_copy(update={"corpus": config.corpus.model_validate(corpus)})
 
@@ -51,20 +52,25 @@ def losses(folder):
 def test_finetune_needs_no_scores_resumes_to_the_same_losses_and_the_model_chats(talks, write_config, tmp_path):
     path = write_config(talks, tmp_path / "mine.yaml")
     command = [sys.executable, "-m", "pipeline.cli", "finetune", "-c", str(path)]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).resolve().parents[2])
+
+    def run():  # in processes alike: the number of threads is part of the arithmetic
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).resolve().parents[2])
+
+    run()
     folder = talks.train.folder
     whole, weights = losses(folder), (folder / "final" / "model.safetensors").read_bytes()
     assert len(whole) > 3 and not Path(talks.score.output).exists()
     shutil.rmtree(folder / "final")  # as a kill after the second step would leave it
-    for checkpoint in (folder / "checkpoints").iterdir():
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
         if checkpoint.name > "step-0000002":
             shutil.rmtree(checkpoint)
-    if not list((folder / "checkpoints").iterdir()):
-        shutil.rmtree(folder)
-    final = finetune(talks)
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-0000002"]
+    run()
+    final = folder / "final"
     assert losses(folder) == whole and (final / "model.safetensors").read_bytes() == weights
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert tokenizer.chat_template == TEMPLATES["problem"]
+    assert "only what the assistant says" in (final / "README.md").read_text()
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "2 + 3?"}], tokenize=False)
     assert prompt == "<s>Problem: 2 + 3?\nAnswer:"
 

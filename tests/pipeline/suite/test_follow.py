@@ -30,7 +30,8 @@ def judged(config: Config, name: str, wanted: Asked) -> dict[str, Any]:
     return {
         "model": name,
         "suite": wanted.suite.name,
-        "limit": None,
+        "limit": wanted.limit,
+        "backend": wanted.backend,
         "columns": {"choices": {"value": value, "rows": 1}},
     }
 
@@ -106,6 +107,17 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_passed_over(
 
     monkeypatch.setattr(following, "evaluate_one", pruned)
     assert [row["model"] for row in follow(scores, tmp_path, WANTED)] == ["final"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_that_were_asked_for_otherwise_are_not_mixed_with(scores: Config, tmp_path: Path) -> None:
+    publish(tmp_path, "final", 1)
+    follow(scores, tmp_path, WANTED)
+    with pytest.raises(UserError, match=r"final was evaluated with --limit None, not 5"):
+        follow(scores, tmp_path, Asked(DEMO, limit=5))
+    with pytest.raises(UserError, match=r"--backend hf, not vllm"):
+        follow(scores, tmp_path, Asked(DEMO, "vllm"))
+    assert len(follow(scores, tmp_path, WANTED)) == 1
 
 
 def test_an_error_of_what_is_still_there_is_not_passed_over(

@@ -64,6 +64,11 @@ def test_without_models_all_that_the_experiment_made_is_evaluated_and_kept_for_t
     assert not (tmp_path / "suite-demo.json").exists()
 
 
+def test_a_followed_run_and_models_by_name_are_two_questions(scores: Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leave the models out"):
+        run_suite(scores, ["one"], "demo", "hf", None, None, False, None, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -194,11 +194,11 @@ FORKS = [
     Attack("a fork bomb", "while True:\n    try: os.fork()\n    except OSError: break", ends=("", "time", "exit 1", "signal SIGKILL")),
     Attack("a bomb of threads",
            "import threading, time\ncount = 0\ntry:\n"
-           "    while count < 300:\n        threading.Thread(target=time.sleep, args=(0.1,)).start()\n        count += 1\n"
+           "    while count < 300:\n        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n        count += 1\n"
            "except RuntimeError: pass\nif count > 64: print('ESCAPED:', count)"),
     Attack("threads with small stacks",
            "import threading, time\nthreading.stack_size(32768)\ncount = 0\ntry:\n"
-           "    while count < 300:\n        threading.Thread(target=time.sleep, args=(0.1,)).start()\n        count += 1\n"
+           "    while count < 300:\n        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n        count += 1\n"
            "except RuntimeError: pass\nif count > 64: print('ESCAPED:', count)"),
 ]  # fmt: skip
 

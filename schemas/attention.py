@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from schemas.product import project
+from schemas.product import autocast_dtype, project
 
 try:
     from torch.nn.attention import varlen
@@ -89,9 +89,9 @@ def attend(
     asked = [name for name in UNSUPPORTED if others.get(name) is not None]
     if asked or attention_mask is not None or others.get("is_causal") is False or key.shape[2] != query.shape[2]:
         raise ValueError(f"attention by boundaries does not do {asked or 'masks'}")
-    if torch.is_autocast_enabled(kind := query.device.type):
+    if (compute := autocast_dtype(query.device)) is not None:
         # As autocast does for SDPA: rotary embeddings in float32 would else keep queries and keys from the kernel.
-        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+        query, key, value = (tensor.to(compute) for tensor in (query, key, value))
     rows, heads, row_tokens, _ = query.shape
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     if varlen_attn and query.is_cuda and query.dtype in KERNEL_DTYPES and not dropout:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from schemas.config import Corpus
 from schemas.errors import UserError, first_line
@@ -196,6 +195,8 @@ def _rendered(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tu
 def _render(
     tokenizer: Any, template: str, messages: Sequence[Message], marked: bool = False, ask: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
+    from transformers.utils.chat_template_utils import render_jinja_template  # slow, and fingerprints do without
+
     named: dict[str, Any] = {**tokenizer.special_tokens_map, "date_string": DATE}
     rendered: Any = render_jinja_template(
         conversations=[list(messages)],

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 NAME = "onednn"
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # as `product`
 
 
 def by_onednn(dtype: torch.dtype, device: str | torch.device) -> bool:
@@ -90,7 +91,10 @@ def _narrow_factors() -> Iterator[None]:
         setting.fp32_precision = before
 
 
-Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # as `product`
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast has products on a device computed in; None where it is off."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
 
 
 def install(module: nn.Module, multiply: Multiply = product) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from schemas.errors import UserError
 from schemas.forward import decoder_layers
-from schemas.product import install, product
+from schemas.product import autocast_dtype, install, product
 
 
 class KeptRows:
@@ -42,8 +42,7 @@ def carry_kept(module: nn.Module) -> KeptRows:
 
 
 def _multiply(kept: KeptRows, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if torch.is_autocast_enabled(kind := rows.device.type):  # which does not look into functions of others
-        compute = torch.get_autocast_dtype(kind)
+    if (compute := autocast_dtype(rows.device)) is not None:  # autocast does not look into functions of others
         rows, weight, bias = rows.to(compute), weight.to(compute), None if bias is None else bias.to(compute)
     if not torch.is_grad_enabled():
         return product(rows, weight, bias)

@@ -110,6 +110,7 @@ SETTINGS = {
     "clip": 0.5,
     "skip_spikes": 9.0,
     "dtype": "bfloat16",
+    "backward": "kept",
     "dropout": True,
     "compile": True,
 }

@@ -17,9 +17,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 
 from benchmarks.peer import one_window
 from schemas.config import Context, Corpus, Score
+from schemas.matmul import matmul_peak
 from schemas.models import open_tokenizer
 from schemas.window import encode_documents
 from score_jobs.corpus import Document, read_documents
@@ -42,7 +44,9 @@ def main(
     fields = {"model": str(model), "output": "", "dtype": dtype, "batch_tokens": batch_tokens}
     engine = PackedEngine(model, window, Score.model_validate(fields), device)
     engine.score(windows[:2])
-    plain, plain_seconds = timed(lambda: [one_window(engine.model.module, ids, device) for ids in windows])
+    # A model of its own: the engine's has other products and another attention.
+    peer: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), device_map=device).eval()
+    plain, plain_seconds = timed(lambda: [one_window(peer, ids, device) for ids in windows])
     packed, packed_seconds = timed(lambda: [scored.loss for scored in engine.score(windows)])
     worst = max(float(np.abs(a[1:] - b[1:]).max(initial=0)) for a, b in zip(plain, packed, strict=True))
     parameters = sum(parameter.numel() for parameter in engine.model.module.parameters())
@@ -69,13 +73,6 @@ def read(paths: list[str], model: Path, documents: int, window: int) -> list[np.
         texts = [row.text for row in rows if isinstance(row, Document)]
         windows += [piece for pieces in encode_documents(tokenizer, texts, context) for piece in pieces]
     return windows
-
-
-def matmul_peak(dtype: torch.dtype, device: str, size: int = 2048) -> float:
-    """FLOP/s of the best of ten square products."""
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    torch.mm(a, b)
-    return 2 * size**3 / min(timed(lambda: (a @ b).sum().item())[1] for _ in range(10))
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -115,6 +115,7 @@ class Repeated:
         self.group_sizes = np.tile(source.group_sizes, times)
         self.lengths = np.tile(source.lengths, times)
         self.tokens = source.tokens * times
+        self.scored_by, self.made_of, self.conversations = source.scored_by, source.made_of, source.conversations
 
     def valid(self, keys: np.ndarray) -> np.ndarray:
         """As the source's."""

@@ -111,15 +111,14 @@ def demo(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption
 def data(config: ConfigOption = DEMO, set_: SetOption = None, scale: ScaleOption = 1.0) -> None:
     """Build the demo's data from installed packages: noisy corpus, curated corpus, held-out text and problems."""
     loaded = read_config(config, set_)
-    if loaded.corpus.messages:
-        from pipeline.demo.chats import build as build_chats
+    from pipeline.demo import chats
+    from pipeline.demo.base import corpus_folder, data_folder
+    from pipeline.demo.data import build
 
-        folder = loaded.root / "data"
-        files = build_chats(folder, loaded.train.seed, scale)["files"]
+    if loaded.corpus.messages:  # what is fine-tuned on them is a finished model, of whatever experiment
+        folder = corpus_folder(loaded)
+        files = chats.build(folder, loaded.train.seed, scale)["files"]
     else:
-        from pipeline.demo.base import data_folder
-        from pipeline.demo.data import build
-
         folder = data_folder(loaded)
         files = build(folder, loaded.train.seed, scale, loaded.demo)["files"]
     say(f"data: {len(files)} files, {sum(f['bytes'] for f in files.values()) / 1e6:.1f} MB in {folder}")

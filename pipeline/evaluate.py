@@ -5,8 +5,9 @@ Full-token perplexity gets worse under selective training by design, so nothing 
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,11 @@ def on_problems(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
 
     Exact match, with a Python tool (if any was asked so), accuracy of ranking by sum and by mean.
     """
-    columns = ["exact match", "with Python", "acc", "acc_norm"]
-    cells = [[plain_match(row), match_with_tool(row), ranked(row, "acc"), ranked(row, "acc_norm")] for row in rows]
-    if all("tool_match" not in row for row in rows):
-        columns, cells = columns[:1] + columns[2:], [row[:1] + row[2:] for row in cells]
-    return columns, cells
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {"exact match": plain_match}
+    if any("tool_match" in row for row in rows):
+        columns["with Python"] = match_with_tool
+    columns |= {kind: partial(ranked, kind=kind) for kind in ("acc", "acc_norm")}
+    return list(columns), [[said(row) for said in columns.values()] for row in rows]
 
 
 def plain_match(row: dict[str, Any]) -> str:

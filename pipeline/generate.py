@@ -3,7 +3,7 @@
 Prompts are batched by length, and what a completion is does not depend on what lies beside it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,24 +116,10 @@ class Vllm:
 
     def __init__(self, folder: Path, tokenizer: Any, context: Context, dtype: str = "float32"):
         """Load the model, for texts of at most `LONGEST` tokens. Raises UserError where vLLM is not or cannot load it."""
-        set_environment(beyond=False)
-        try:
-            from vllm import LLM, SamplingParams
-        except ImportError as error:
-            raise UserError(
-                f"--backend vllm: vllm cannot be imported ({error})",
-                "`make vllm` builds an environment that has it: run .venv-vllm/bin/tokensift",
-            ) from error
         self.limit = min(positions(folder, "model") or LONGEST, LONGEST)
-        try:
-            self.model: Any = LLM(
-                model=str(folder), dtype=dtype, load_format="safetensors", max_model_len=self.limit, seed=0,
-                enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False, async_scheduling=False,
-            )  # fmt: skip
-        except Exception as error:  # vllm raises what the model's code, its own checks and CUDA raise
-            raise UserError(
-                f"model: {folder} cannot be loaded by vllm ({first_line(error)})", "use --backend hf"
-            ) from error
+        self.model = load_by_vllm(_import_llm, folder, dtype, self.limit)
+        from vllm import SamplingParams
+
         self._settings = SamplingParams
         saved = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
         self.speller = Speller(tokenizer, context.bos, ends_of(saved, tokenizer))
@@ -152,6 +138,36 @@ class Vllm:
         for member, output in zip(asked, outputs, strict=True):
             texts[member] = self.speller.text(ids[member], list(output.outputs[0].token_ids), stop)
         return texts
+
+
+def _import_llm() -> Any:
+    from vllm import LLM
+
+    return LLM
+
+
+def load_by_vllm(imported: Callable[[], Any], folder: Path, dtype: str, longest: int) -> Any:
+    """A model in vLLM, in this process, for texts of at most `longest` tokens; `imported` gives the class that wraps it.
+
+    Raises UserError where vLLM is not installed, or cannot load the model.
+    """
+    set_environment(beyond=False)
+    try:
+        wrapper = imported()
+    except ImportError as error:
+        raise UserError(
+            f"--backend vllm: vllm cannot be imported ({first_line(error)})",
+            "`make vllm` builds an environment that has it: run .venv-vllm/bin/tokensift",
+        ) from error
+    try:
+        return wrapper(
+            str(folder), dtype=dtype, load_format="safetensors", max_model_len=longest, seed=0,
+            enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False, async_scheduling=False,
+        )  # fmt: skip
+    except Exception as error:  # vllm raises what the model's code, its own checks and CUDA raise
+        raise UserError(
+            f"model: {folder} cannot be loaded by vllm ({first_line(error)})", "use --backend hf"
+        ) from error
 
 
 def ends_of(settings: GenerationConfig | None, tokenizer: Any) -> set[int]:

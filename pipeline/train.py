@@ -86,9 +86,9 @@ def names_of(base: Path, source: Source) -> dict[str, str]:
     """
     names = {
         "base": known_as(base),
-        "reference": ", ".join(sorted(getattr(source, "scored_by", ()))),
-        "corpus": ", ".join(sorted(getattr(source, "made_of", ()))),
-        "data": RESPONSES_ALONE if getattr(source, "conversations", False) else None,
+        "reference": ", ".join(sorted(source.scored_by)),
+        "corpus": ", ".join(sorted(source.made_of)),
+        "data": RESPONSES_ALONE if source.conversations else None,
     }
     return {what: name for what, name in names.items() if name}
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.serving import Serving
 
 Files = dict[str, bytes]
 
@@ -16,29 +17,13 @@ def names_of(files: Files) -> list[str]:
     return sorted({*files, *folders})
 
 
-class Hub:
+class Hub(Serving):
     """Repositories `models/org/name` and `datasets/org/name`: commits of files, and branches that may move."""
 
     def __init__(self) -> None:
         self.refs: dict[str, dict[str, str]] = {}
         self.commits: dict[tuple[str, str], Files] = {}
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self) -> None:
-                hub.answer(self)
-
-            do_GET = do_HEAD = do_POST = answer
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        super().__init__(self.answer)
 
     def commit(self, repository: str, files: Files, *branches: str) -> str:
         """Give the branches a commit that holds `files`; its name."""
@@ -115,8 +100,3 @@ class Hub:
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(b"" if handler.command == "HEAD" else content)
-
-    def close(self) -> None:
-        """No more answers."""
-        self.server.shutdown()
-        self.server.server_close()

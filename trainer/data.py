@@ -28,12 +28,19 @@ READERS = 4  # threads of a rank
 
 
 class Source(Protocol):
-    """Windows in numbered groups, `tokens` in all. `columns`: what is stored beside their tokens."""
+    """Windows in numbered groups, `tokens` in all. `columns`: what is stored beside their tokens.
+
+    scored_by: what the models of their scores are known as on the hub, or the hashes of their files; made_of: what
+    their corpora are known as there. conversations: whether some are of conversations.
+    """
 
     fingerprint: str
     group_sizes: np.ndarray
     tokens: int
     columns: frozenset[str]
+    scored_by: frozenset[str]
+    made_of: frozenset[str]
+    conversations: bool
 
     @property
     def lengths(self) -> np.ndarray:
@@ -56,11 +63,7 @@ class Source(Protocol):
 
 
 class ScoreShards:
-    """The committed units of a score dataset, indexed by their Parquet footers alone.
-
-    scored_by: what its models are known as on the hub, or the hashes of their files; nothing if it was never scored.
-    made_of: what its corpora are known as there.
-    """
+    """The committed units of a score dataset, indexed by their Parquet footers alone."""
 
     def __init__(self, root: Place, partial: bool = False, cache: Cache | None = None):
         """Index a dataset; `partial` accepts one whose scoring did not come to its end. `cache` opens its shards.

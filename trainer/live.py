@@ -65,7 +65,7 @@ class Live(nn.Module):
             losses = losses_of_logits(output, targets).loss
             mask = choose(losses.detach().view_as(batch.targets)).flatten()
             loss_sum = torch.where(mask, losses, 0.0).sum()
-        if self.kept:
+        if self.kept and torch.is_grad_enabled():  # else no backward will ask, and the device need not be waited for
             self.kept.set(mask, count)
         return Judged(loss_sum, losses.detach().view_as(batch.targets), mask.view_as(batch.targets))
 

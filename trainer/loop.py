@@ -318,14 +318,13 @@ def progress(run: Run, step: int, position: int, geometry: Geometry) -> float:
 
 def advance(state: State, step: Step, selected: int, norm: float) -> State:
     """The state after a step. Tokens seen are real ones, without padding."""
-    return State(
+    return replace(
+        state,
         step=state.step + 1,
         position=step.position,
         tokens_seen=state.tokens_seen + step.tokens,
         tokens_selected=state.tokens_selected + selected,
-        origin=state.origin,
         norms=remembered(state.norms, norm),
-        names=state.names,
     )
 
 

@@ -39,8 +39,9 @@ class Mixture:
         self.group_sizes = np.concatenate([source.group_sizes for source in sources])
         self.tokens = sum(source.tokens for source in sources)
         self.columns = frozenset.intersection(*(source.columns for source in sources))
-        self.scored_by = frozenset[str]().union(*(getattr(source, "scored_by", ()) for source in sources))
-        self.made_of = frozenset[str]().union(*(getattr(source, "made_of", ()) for source in sources))
+        self.scored_by = frozenset.union(*(source.scored_by for source in sources))
+        self.made_of = frozenset.union(*(source.made_of for source in sources))
+        self.conversations = any(source.conversations for source in sources)
         shares = [float(weight) for weight in weights]
         self.fingerprint = digest([[s.fingerprint, share] for s, share in zip(sources, shares, strict=True)])
 

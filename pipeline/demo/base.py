@@ -17,11 +17,17 @@ from score_jobs.corpus import Document, corpus_documents
 VOCABULARY = 2048
 
 
-def data_folder(config: Config) -> Path:
-    """Where the demo's data lie. Raises UserError for a config whose corpus or base is somebody's own."""
+def corpus_folder(config: Config) -> Path:
+    """Where made data lie. Raises UserError for a config whose corpus is somebody's own."""
     folder = config.root / "data"
     if any(folder not in Path(path).parents for path in config.corpus.paths or ["elsewhere"]):
         raise UserError(f"corpus.paths: not below {folder}, so this is not a demo's config", "use configs/demo.yaml")
+    return folder
+
+
+def data_folder(config: Config) -> Path:
+    """Where the demo's data lie. Raises UserError for a config whose corpus or base is somebody's own."""
+    folder = corpus_folder(config)
     if Path(config.base) != config.root / "base" / "final":
         raise UserError(
             f"base: `{config.base}` is not {config.root}/base/final, so this is not a demo's config",

@@ -4,17 +4,13 @@ reasoning-gym's arithmetic, which the demo's corpora do not hold. A trace is sho
 the interpreter's output follows, then it says the answer. Held-out problems are other draws of the same kinds.
 """
 
-import hashlib
-import json
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.demo.data import ask, encode, versions
+from pipeline.demo.data import ask, intact, put, versions
 
 KINDS: dict[str, dict[str, int]] = {  # two or three short numbers: what a model of a million weights can learn to copy
     "chain_sum": {"max_terms": 3, "max_digits": 2},
@@ -70,11 +66,13 @@ def conversation(question: str, code: str, answer: str) -> list[dict[str, str]]:
 
 
 def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
-    """Make conversations and held-out problems in `folder` unless they are there; returns the manifest."""
+    """Make conversations and held-out problems in `folder` unless they are there and intact; returns the manifest.
+
+    Raises UserError on a foreign folder.
+    """
     made = {"recipe": RECIPE, "seed": seed, "scale": scale, "sources": versions()}
-    path = folder / "manifest.json"
-    if path.exists() and {key: json.loads(path.read_text()).get(key) for key in made} == made:
-        return json.loads(path.read_text())
+    if manifest := intact(folder, made):
+        return manifest
     train, held = (max(20, round(count * scale)) for count in (TRAIN, HELD_OUT))
     items = list(islice(drawn(seed), train + held))
     random.Random(seed).shuffle(items)
@@ -85,14 +83,4 @@ def build(folder: Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
         "heldout/conversations.jsonl": talks[:held],
         "heldout/problems.jsonl": problems,
     }
-    temporary, files = folder.with_name(f".{folder.name}.{os.getpid()}"), {}
-    for name, content in rows.items():
-        data = encode(name, content)
-        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        (temporary / name).write_bytes(data)
-        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "rows": len(content)}
-    manifest = {"files": files, **made}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    return manifest
+    return put(folder, rows, made)

@@ -16,7 +16,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
@@ -284,6 +284,32 @@ def encode(name: str, rows: list[Row]) -> bytes:
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(lines) if name.endswith(".zst") else lines
 
 
+def put(folder: Path, rows: Mapping[str, list[Row]], facts: dict[str, Any]) -> dict[str, Any]:
+    """Make a folder of files of rows, by name, all at once; returns its manifest, which says `facts` of them.
+
+    Raises UserError if it holds what the demo did not make.
+    """
+    refuse_foreign(folder)
+    temporary, files = folder.with_name(f".{folder.name}.{os.getpid()}"), {}
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, content in rows.items():
+        data = encode(name, content)
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / name).write_bytes(data)
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "documents": len(content)}
+    manifest = {"files": files, **facts}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return manifest
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise UserError if a folder holds what the demo did not make."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+        raise UserError(f"demo data: {folder} holds files that the demo did not make", "name an empty folder by root")
+
+
 def intact(folder: Path, made: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest if it is there, says that the same was `made`, and every file still matches."""
     try:
@@ -316,18 +342,10 @@ def build(folder: Path, seed: int = 0, scale: float = 1.0, sizes: Demo | None = 
     made = {"recipe": RECIPE, "seed": seed, "scale": scale, "sizes": sizes.model_dump(), "sources": versions()}
     if manifest := intact(folder, made):
         return manifest
-    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
-        raise UserError(f"demo data: {folder} holds files that the demo did not make", "name an empty folder by root")
-    sources, files = Sources(seed), {}
+    refuse_foreign(folder)  # before the work
+    sources = Sources(seed)
     judged = heldout(sources, scale)
     held = HeldOut(row["prompt"] + row.get("text", "") for rows in judged.values() for row in rows)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name, rows in (corpora(sources, held, sizes, scale) | judged).items():
-        data = encode(name, rows)
-        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        (temporary / name).write_bytes(data)
-        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "documents": len(rows)}
     kept = {
         part: {"gsm_templates": sorted(templates), "champ_problems": sorted(problems)}
         for part, templates, problems in (
@@ -335,8 +353,4 @@ def build(folder: Path, seed: int = 0, scale: float = 1.0, sizes: Demo | None = 
             ("validation", sources.templates.validation, sources.problems.validation),
         )
     }
-    manifest = {"files": files, "heldout": kept, **made}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    return manifest
+    return put(folder, corpora(sources, held, sizes, scale) | judged, {"heldout": kept, **made})

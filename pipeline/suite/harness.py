@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.generate import load_by_vllm
 from pipeline.suite.data import fetched
 from pipeline.suite.suites import DEMO, FOLDERS, Column, Suite
 from pipeline.suite.tasks import TASKS, unavailable
@@ -152,29 +153,15 @@ def _open(folder: Path, backend: str, batch_tokens: int) -> Any:
 
 
 def _open_vllm(folder: Path) -> Any:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: batches do not depend on timing
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    try:
-        with _named_for_cpus():
-            from lm_eval.models import vllm_causallms
-    except ImportError as error:
-        raise UserError(
-            f"--backend vllm: cannot be imported ({first_line(error)})",
-            "`make vllm` builds an environment that has it: run .venv-vllm/bin/tokensift",
-        ) from error
-    wrapped: Any = vllm_causallms.VLLM
-    try:
-        return wrapped(
-            pretrained=str(folder), dtype=str(_dtype()).removeprefix("torch."), load_format="safetensors",
-            max_model_len=min(positions(folder, "model") or 2 * WINDOW, 2 * WINDOW), seed=0,
-            enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False, async_scheduling=False,
-        )  # fmt: skip
-    except Exception as error:  # vllm raises what the model's code, its own checks and CUDA raise
-        raise UserError(
-            f"model: {folder} cannot be loaded by vllm ({first_line(error)})", "use --backend hf"
-        ) from error
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+    longest = min(positions(folder, "model") or 2 * WINDOW, 2 * WINDOW)
+    return load_by_vllm(_import_wrapper, folder, str(_dtype()).removeprefix("torch."), longest)
+
+
+def _import_wrapper() -> Any:
+    with _named_for_cpus():
+        from lm_eval.models import vllm_causallms
+    return vllm_causallms.VLLM
 
 
 @contextmanager

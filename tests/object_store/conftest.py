@@ -1,6 +1,7 @@
 """A bucket behind a proxy that can be told to misbehave."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from uuid import uuid4
 
 import boto3
@@ -12,6 +13,15 @@ from tests.object_store.server import Proxy, Server
 
 BUCKET = "scores"
 NO_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "AWS_CONFIG_FILE": "/nonexistent"}
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Clients and what they were answered are those of a test alone."""
+    object_store._client.cache_clear()
+    yield
+    object_store._client.cache_clear()
+    object_store._answered.clear()
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +45,9 @@ def proxy(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     for name, value in (settings | NO_FILES | {"AWS_ENDPOINT_URL": server.url}).items():
         monkeypatch.setenv(name, value)
     server.trouble(0)
-    object_store._client.cache_clear()
-    yield server
-    server.trouble(0)
-    object_store._client.cache_clear()
-    object_store._answered.clear()
+    with forgotten():
+        yield server
+        server.trouble(0)
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ there is an error. What is compared and what is set at once stays moto's matter.
 import http.client
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.serving import Serving
 
 SIGNED = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 GENERATION = "x-amz-meta-generation"  # where moto keeps it
@@ -19,30 +21,18 @@ CHANGED = b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>PreconditionFaile
 Answer = tuple[int, dict[str, str], bytes]
 
 
-class Front:
+class Front(Serving):
     """Takes requests of a GCS client and asks an S3 server on this machine."""
 
     def __init__(self, target: int) -> None:
         self.target, self.last, self.lock = target, 0, threading.Lock()
-        front = self
+        super().__init__(self.answer)
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                given = {name.lower(): value for name, value in self.headers.items()}
-                front.send(self, *front.translated(self.command, self.path, given, body))
-
-            do_GET = do_PUT = do_DELETE = do_HEAD = answer
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.port = int(self.server.server_address[1])
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        """Answer one request."""
+        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        given = {name.lower(): value for name, value in handler.headers.items()}
+        self.send(handler, *self.translated(handler.command, handler.path, given, body))
 
     def translated(self, method: str, path: str, given: dict[str, str], body: bytes) -> Answer:
         """What the S3 server answers to the same request in its own words."""
@@ -93,11 +83,6 @@ class Front:
                 handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(b"" if handler.command == "HEAD" else content)
-
-    def close(self) -> None:
-        """No more answers."""
-        self.server.shutdown()
-        self.server.server_close()
 
 
 def wanted_of(given: dict[str, str]) -> bool:

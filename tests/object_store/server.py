@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from tests.helpers import free_port
+from tests.serving import Serving
 
 KINDS = ("refused", "refused though done", "cut in the request", "answer lost", "cut in the answer", "late")
 BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -42,7 +43,7 @@ class Server:
         self.process.wait()
 
 
-class Proxy:
+class Proxy(Serving):
     """Passes requests on; with chance `share` one meets a fault of `kinds`, drawn by a seeded generator."""
 
     def __init__(self, target: int) -> None:
@@ -50,29 +51,7 @@ class Proxy:
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.lock = threading.Lock()
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_one_request(self) -> None:
-                try:
-                    super().handle_one_request()
-                except OSError:
-                    self.close_connection = True
-
-            def answer(self) -> None:
-                proxy.pass_on(self)
-
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        super().__init__(self.pass_on)
 
     def trouble(self, share: float, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> None:
         """From now on so many requests meet a fault."""
@@ -124,7 +103,3 @@ class Proxy:
         handler.wfile.flush()
         if cut:
             self.cut(handler)
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()

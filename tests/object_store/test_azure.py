@@ -18,9 +18,9 @@ from uuid import uuid4
 
 import pytest
 
-from schemas import object_store
 from schemas.object_store import ObjectStore, Url
 from tests.helpers import free_port
+from tests.object_store.conftest import forgotten
 from tests.object_store.test_object_store import (  # noqa: F401  collected again, with the fixtures of this module
     test_a_listing_goes_on_after_a_page_of_names,
     test_an_object_is_replaced_only_in_the_version_that_was_seen,
@@ -81,10 +81,8 @@ def root(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Url]:
     """A name in the emulator below which nothing is."""
     monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
     monkeypatch.setenv("AZURITE_BLOB_STORAGE_URL", address)
-    object_store._client.cache_clear()
-    yield Url("az://scores", uuid4().hex)
-    object_store._client.cache_clear()
-    object_store._answered.clear()
+    with forgotten():
+        yield Url("az://scores", uuid4().hex)
 
 
 @pytest.fixture

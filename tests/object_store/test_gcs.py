@@ -7,9 +7,8 @@ from uuid import uuid4
 
 import pytest
 
-from schemas import object_store
 from schemas.object_store import ObjectStore, Url
-from tests.object_store.conftest import BUCKET
+from tests.object_store.conftest import BUCKET, forgotten
 from tests.object_store.gcs import Front
 from tests.object_store.server import Proxy
 from tests.object_store.test_azure import test_ranges_of_an_object_are_read  # noqa: F401  collected again, as the next
@@ -50,10 +49,8 @@ def root(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     (tmp_path / "account.json").write_text(json.dumps(account))
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
     monkeypatch.setenv("GOOGLE_BASE_URL", proxy.url)
-    object_store._client.cache_clear()
-    yield Url(f"gs://{BUCKET}", uuid4().hex)
-    object_store._client.cache_clear()
-    object_store._answered.clear()
+    with forgotten():
+        yield Url(f"gs://{BUCKET}", uuid4().hex)
 
 
 @pytest.fixture

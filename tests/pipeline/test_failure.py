@@ -242,7 +242,8 @@ def test_the_demo_writes_nothing_for_a_config_that_is_not_its_own(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for setting in ("corpus.paths=[data/mine.jsonl]", "corpus={dataset: hub/name}", "base=hub/name"):
+    talks = "corpus={paths: [data/mine.jsonl], messages: messages}"
+    for setting in ("corpus.paths=[data/mine.jsonl]", "corpus={dataset: hub/name}", "base=hub/name", talks):
         status, shown = run_command([verb, "-s", setting], capsys)
         assert status == 2 and "not a demo's config" in shown
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,8 @@ from trainer.ahead import Placed
 class Made:
     """Windows held in memory in these groups."""
 
+    scored_by, made_of, conversations = frozenset(), frozenset(), False
+
     def __init__(self, groups, columns=("ref_loss",), fingerprint="made"):
         self.groups, self.columns, self.fingerprint = groups, frozenset(columns), fingerprint
         self.group_sizes = np.array([len(group) for group in groups], dtype=np.int64)

@@ -4,11 +4,13 @@ import json
 import re
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from pipeline.demo import chats
 from pipeline.demo.data import Sources, build
 from schemas.config import Demo
 from schemas.errors import UserError
@@ -176,8 +178,9 @@ def test_intact_data_is_kept_and_damaged_data_is_rebuilt(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_folder_of_other_things_is_never_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [build, chats.build])
+def test_a_folder_of_other_things_is_never_overwritten(tmp_path: Path, make: Any) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"did not make.*empty folder"):
-        build(tmp_path, seed=3, scale=SCALE)
+        make(tmp_path, seed=3, scale=SCALE)
     assert (tmp_path / "thesis.tex").read_text() == "mine"

@@ -12,7 +12,7 @@ from torch import nn
 from schemas.attention import bounded
 from schemas.batch import Batch, batches, best_fit, collate, one_a_row, renumbered
 
-ENGINE = "hf-blocks"  # named anew when the forward's arithmetic changes: scores of two kinds are not mixed
+ENGINE = "hf-by-shape"  # named anew when the forward's arithmetic changes: scores of two kinds are not mixed
 Isolation = Literal["varlen", "packed", "alone"]
 
 

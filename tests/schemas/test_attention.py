@@ -85,18 +85,50 @@ def test_under_autocast_attention_computes_in_its_dtype_as_sdpa_does(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sliding_window", [None, 1, 50, 200])
 @pytest.mark.parametrize("heads", [1, 2, 6])
-def test_attention_in_blocks_is_that_of_float64_window_by_window(
-    dtype: torch.dtype, sliding_window: int | None, heads: int
+@torch.no_grad()
+def test_attention_in_blocks_is_that_of_float64_by_sdpa(
+    dtype: torch.dtype, sliding_window: int | None, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     bounds = torch.tensor([0, 300, 301, 301 + attention.BLOCK_TOKENS, 700], dtype=torch.int32)
     query, key, value = (torch.randn(700, count, size).to(dtype) for count, size in ((6, 16), (heads, 16), (heads, 24)))
-    found = attention._in_blocks(query, key, value, bounds, 0.7, sliding_window)
     exact = (tensor.double() for tensor in (query, key, value))
     expected = attention._window_by_window(*exact, bounds, 0.0, 0.7, sliding_window)
+    monkeypatch.setattr(attention, "BLOCK_PRODUCTS", 0)
+    monkeypatch.setattr(attention, "_by_sdpa", None)
+    found = attention._window_by_window(query, key, value, bounds, 0.0, 0.7, sliding_window)
     assert found.dtype == dtype
     most = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(found.double(), expected, atol=most, rtol=most)
+
+
+def way_of(tokens: int, heads: int, shared_heads: int, size: int, monkeypatch: pytest.MonkeyPatch, **named: Any) -> str:
+    """How one window of that shape is attended to."""
+    used: list[str] = []
+    for way in ("_in_blocks", "_by_sdpa"):
+        monkeypatch.setattr(attention, way, lambda query, *_, way=way: used.append(way) or query)
+    dtype, window = named.get("dtype", torch.float32), named.get("sliding_window")
+    query, key = torch.empty(tokens, heads, size, dtype=dtype), torch.empty(tokens, shared_heads, size, dtype=dtype)
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)
+    attention._window_by_window(query, key, key, bounds, named.get("dropout", 0.0), None, window)
+    return used.pop()
+
+
+@torch.no_grad()
+def test_windows_too_small_to_fill_a_block_are_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    def way(*shape: int, **named: Any) -> str:
+        return way_of(*shape, monkeypatch, **named)
+
+    # 128 queries of three heads against 1024 keys of 64: 25M multiplications; 4M are needed
+    assert way(1024, 9, 3, 64) == way(256, 9, 3, 64) == way(1024, 9, 3, 64, dtype=torch.bfloat16) == "_in_blocks"
+    assert way(256, 4, 4, 32) == way(100, 9, 3, 64) == "_by_sdpa"
+    assert way(512, 16, 16, 64) == "_in_blocks" and way(511, 16, 16, 64) == "_by_sdpa"
+    # behind a sliding window a block meets its own 128 tokens and those before its first one that the window reaches
+    assert way(2048, 16, 16, 64, sliding_window=384) == "_in_blocks"
+    assert way(2048, 16, 16, 64, sliding_window=383) == "_by_sdpa"
+    assert way(1024, 9, 3, 64, dropout=0.1) == way(1024, 9, 3, 64, dtype=torch.float64) == "_by_sdpa"
+    with torch.enable_grad():
+        assert way(1024, 9, 3, 64) == "_by_sdpa"
 
 
 def test_a_windows_logits_do_not_change_by_a_bit_when_its_neighbours_do() -> None:

@@ -142,7 +142,7 @@ def test_a_datasets_fingerprint_holds_every_setting_that_decides_the_bytes(tiny_
     assert found["context"] == {"window": 9, "bos": False, "eos": True}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "pyarrow")}
     assert found["scorer"] == {
-        "engine": "hf-blocks",
+        "engine": "hf-by-shape",
         "dtype": "float32",
         "device": "cpu",
         "batch_tokens": 7,

@@ -90,8 +90,8 @@ bench-train: setup  ## the training step and its head beside the community's, af
 	.venv/bin/python -m benchmarks.training
 	.venv/bin/python -m benchmarks.head
 
-mutants:         ## does a test fail for each small mistake? (PATH=schemas/seal.py, TESTS=...; after `make setup`; no part of `test`)
-	OMP_NUM_THREADS=1 TESTS="$(TESTS)" .venv/bin/python -m tests.mutants $(PATH)
+mutants:         ## does a test fail for each small mistake? (PATH=schemas/seal.py, TESTS=..., NAMES=...; after `make setup`; no part of `test`)
+	OMP_NUM_THREADS=1 TESTS="$(TESTS)" NAMES="$(NAMES)" .venv/bin/python -m tests.mutants $(PATH)
 
 clean:           ## delete the demo's output
 	rm -rf runs/demo

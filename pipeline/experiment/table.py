@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean, stdev
@@ -131,7 +131,25 @@ def summary_of(work: Work, rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "validation": spread([row.validation_final for row in own]),
                 "tokens": spread([row.tokens for row in own]),
             }
-            found.append(entry | against(experiment, pairs, judged))
+            found.append(entry | against(experiment, pairs, judged) | {"lengths": at_lengths(experiment, name, judged)})
+    return found
+
+
+def at_lengths(experiment: Experiment, name: str, judged: Sequence[Row]) -> list[dict[str, Any]]:
+    """The arm at each length at which it and the baseline were run, the shortest first: does the difference last?"""
+    base = {(row.replicate, row.length): row for row in judged if row.arm == experiment.baseline}
+    own = [row for row in judged if row.arm == name and (row.replicate, row.length) in base]
+    found = []
+    for length in sorted({row.length for row in own}):
+        pairs = [(row, base[row.replicate, length]) for row in own if row.length == length]
+        found.append(
+            {
+                "length": length,
+                "tokens": spread([row.tokens for row, _ in pairs]),
+                "test": spread([row.test_final for row, _ in pairs]),
+                "difference": spread([row.test_final - other.test_final for row, other in pairs]),
+            }
+        )
     return found
 
 
@@ -250,7 +268,19 @@ def cell(value: dict[str, Any] | None, form: str) -> str:
 
 
 def markdown(experiment: Experiment, summary: Sequence[dict[str, Any]]) -> str:
-    """The summary as a table of Markdown: mean and standard deviation over replicates."""
-    head = ["arm", "chosen on validation", *COLUMNS]
-    lines = [head, ["---"] * len(head), *(cells(entry) for entry in summary)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """The summary as tables of Markdown, mean and standard deviation over replicates: arms, then arms by length."""
+    text = tabled(["arm", "chosen on validation", *COLUMNS], map(cells, summary))
+    by_length = [
+        [entry["arm"], f"{one['length']:g}", f"{one['tokens']['mean']:,.0f}", cell(one["test"], ".3f"), cell(one["difference"], "+.3f")]
+        for entry in summary
+        if len(entry["lengths"]) > 1 and entry["arm"] != experiment.baseline
+        for one in entry["lengths"]
+    ]  # fmt: skip
+    return text + (
+        "\n" + tabled(["arm", "length", "tokens", "test loss", "minus baseline"], by_length) if by_length else ""
+    )
+
+
+def tabled(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))

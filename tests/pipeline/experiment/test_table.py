@@ -75,3 +75,18 @@ def test_an_arm_that_never_gets_there_says_so_and_in_how_many_pairs() -> None:
     assert found == {"mean": 2.0, "sd": None, "n": 1, "of": 2}
     assert cell(found, ".2f") == "2.00, 1 of 2" and cell(found | {"mean": None, "n": 0}, ".2f") == "none of 2"
     assert "2.00, 1 of 2" in markdown(Finished(rows).experiment, summary_of(Finished(rows), rows))  # type: ignore[arg-type]
+
+
+def test_lengths_are_compared_with_the_baselines_of_the_same_length() -> None:
+    rows = [row("clm", 0, 5.0, 0.5), row("clm", 0, 4.0), row("clm", 0, 3.0, 2), row("clm", 1, 5.2, 0.5)]
+    rows += [row("slm", 0, 4.2, 0.5), row("slm", 1, 4.6, 0.5), row("slm", 0, 3.9), row("slm", 1, 3.7)]
+    finished = Finished(rows)
+    told = summary_of(finished, rows)  # type: ignore[arg-type]
+    short, whole = told[1]["lengths"]  # the second replicate's baseline has no run of length 1
+    assert (short["length"], whole["length"]) == (0.5, 1) and short["difference"]["n"] == 2
+    assert short["difference"]["mean"] == pytest.approx(-0.7) and whole["difference"]["mean"] == pytest.approx(-0.1)
+    second = markdown(finished.experiment, told).split("\n\n")[1].splitlines()
+    assert second[2:] == [
+        "| slm | 0.5 | 500 | 4.400 (0.283) | -0.700 (0.141) |",
+        "| slm | 1 | 1,000 | 3.900 | -0.100 |",
+    ]

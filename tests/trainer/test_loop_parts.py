@@ -1,0 +1,347 @@
+"""The parts of the loop by themselves: one optimizer step against plain PyTorch, how long a run is, what it remembers."""
+
+import functools
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import trainer.loop
+from schemas.batch import IGNORE, collate
+from schemas.config import Context, Train
+from schemas.errors import UserError
+from tests.trainer.made import made, window
+from tests.trainer.test_live import opened
+from trainer.ahead import Placed
+from trainer.checkpoint import State
+from trainer.live import Live
+from trainer.loop import Diverged, Run, Stop, advance, evaluate, figures, found, geometry_of, optimize, progress, save
+from trainer.mixture import Mixture
+from trainer.ranks import ALONE, Ranks
+from trainer.stream import MicroBatch, Step
+
+RATE = 0.25
+START = State(0, 0, 0, 0, {})
+LENGTHS = [[9, 5, 11], [7, 9, 3]]  # windows of two micro-batches of two rows
+
+
+def step_of(lengths=LENGTHS):
+    """A step and its windows; ref_loss stands where each token is predicted."""
+    rng, micros, windows = np.random.default_rng(2), [], []
+    for own in lengths:
+        every = [replace(window(rng, length), tokens=rng.integers(2, 40, length)) for length in own]
+        batch = collate([one.tokens for one in every], [[0, 1], [2]], 16)
+        columns = {"ref_loss": batch.spread([one.ref_loss for one in every])}
+        placed = [Placed(0, key, one) for key, one in enumerate(every)]
+        micros.append(MicroBatch(batch, columns, [length - 1 for length in own], placed))
+        windows += every
+    return Step(micros, position=6, tokens=sum(map(sum, lengths)), padding=0.25), windows
+
+
+def run_of(ranks=ALONE, evaluate=None, source=None, base=Path(), **fields):
+    fields = {"output": Path("x"), "epochs": 1, "dtype": "float32", "clip": 1e9, **fields}
+    return Run(Train(**fields), Context(window=64), base, source or made([5] * 12), None, ranks, evaluate)
+
+
+the_model = functools.cache(opened)  # to prove a model takes longer than a step of it
+
+
+def taken(run, state=START):
+    """The weights' way in one step of plain gradient descent, and the row."""
+    live = Live(the_model())
+    before = {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
+    row = optimize(live, torch.optim.SGD(live.parameters(), lr=99.0), step_of()[0], run, state, RATE)
+    assert all(parameter.grad is None for parameter in live.parameters())
+    ways = {name: tensor - before[name] for name, tensor in live.model.state_dict().items()}
+    live.model.load_state_dict(before)
+    return ways, row
+
+
+def plainly(kept):
+    """Gradients of the mean loss of the tokens that `kept(losses, window)` says, each window run alone."""
+    model, chosen = the_model().module, []
+    for one in step_of()[1]:
+        tokens = torch.from_numpy(one.tokens)
+        losses = cross_entropy(model(input_ids=tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
+        chosen.append(losses[kept(losses.detach(), one)])
+    every = torch.cat(chosen)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(every.mean(), parameters), strict=True)), every.detach()
+
+
+def best_half(losses, one):
+    """The half of a window with the lowest reference losses, the earlier of equals."""
+    order = np.argsort(one.ref_loss[1:], kind="stable")
+    return torch.tensor(sorted(order[: round(0.5 * len(order))]))
+
+
+CASES = {
+    "clm": ({"objective": "clm"}, lambda losses, one: torch.arange(len(losses))),
+    "by window": ({"objective": "self-ref-loss", "scope": "sequence", "keep": 0.5}, best_half),
+}
+
+
+@pytest.mark.parametrize("clip", [1e9, 0.01])
+@pytest.mark.parametrize(("fields", "kept"), CASES.values(), ids=CASES)
+def test_a_step_goes_down_the_clipped_gradient_of_the_mean_over_all_that_it_selects(fields, kept, clip):
+    gradients, chosen = plainly(kept)
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+    ways, row = taken(run_of(**fields, clip=clip))
+    for name, gradient in gradients.items():
+        wanted = -RATE * gradient * min(1.0, clip / float(norm))
+        torch.testing.assert_close(ways[name], wanted, rtol=1e-3, atol=1e-6, msg=name)
+    assert row["selected"] == len(chosen) and row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert row["loss_kept"] == pytest.approx(float(chosen.mean()), rel=1e-5)
+
+
+def test_a_step_of_one_token_is_that_tokens_own_and_one_of_none_moves_nothing():
+    fields, every = {"objective": "self-ref-loss"}, sum(map(sum, LENGTHS)) - 6
+    lowest = min(float(loss) for one in step_of()[1] for loss in one.ref_loss[1:])
+    gradients, chosen = plainly(lambda losses, one: torch.from_numpy(one.ref_loss[1:] == np.float16(lowest)))
+    ways, row = taken(run_of(**fields, scope="step", keep=1 / every))
+    assert row["selected"] == len(chosen) == 1
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ways[name], -RATE * gradient, rtol=1e-3, atol=1e-6, msg=name)
+    for scope in ("step", "micro"):
+        ways, row = taken(run_of(**fields, scope=scope, keep=0.1 / every))
+        assert row["selected"] == 0 and not any(way.any() for way in ways.values())
+
+
+def test_a_spike_is_told_with_its_windows_and_taken_unless_it_is_asked_to_be_skipped():
+    quiet = State(40, 0, 0, 0, {}, norms=[1e-3] * 16)
+    for fields, moves in (({}, True), ({"skip_spikes": 9.0}, False)):
+        ways, row = taken(run_of(**fields), quiet)
+        assert len(row["spike"]) == 5 and any(way.any() for way in ways.values()) is moves
+    assert "spike" not in taken(run_of(skip_spikes=9.0))[1]
+    norm = taken(run_of())[1]["grad_norm"]
+    between = State(40, 0, 0, 0, {}, norms=[norm / 7] * 16)  # over five times the median, which is loud, not nine
+    assert "spike" in taken(run_of(), between)[1] and "spike" not in taken(run_of(skip_spikes=9.0), between)[1]
+
+
+@pytest.mark.parametrize("what", ["a loss", "the gradient alone"])
+def test_a_step_that_is_not_finite_is_refused_by_its_number_before_any_weight_moves(monkeypatch, what):
+    seen = []
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: seen.append("step"))
+    real = Live.forward
+
+    def forward(live, batch, choose, count=None):
+        judged = real(live, batch, choose, count)
+        if what == "a loss":
+            judged.losses[0, 0] = torch.inf
+        else:
+            judged.loss_sum.register_hook(lambda gradient: gradient * torch.inf)
+        return judged
+
+    monkeypatch.setattr(Live, "forward", forward)
+    with pytest.raises(Diverged, match=r"x: loss or gradient is not finite at step 8; its worst windows: # \(row"):
+        taken(run_of(), State(7, 0, 0, 0, {}))
+    assert not seen
+
+
+def seeds_of(monkeypatch, ranks=ALONE, seed=0, step=0, **fields):
+    seen = []
+    monkeypatch.setattr(torch, "manual_seed", seen.append)
+    optimize(FakeLive(), torch.optim.SGD([nn.Parameter(torch.zeros(1))]), step_of()[0],
+             run_of(ranks, seed=seed, **fields), State(step, 0, 0, 0, {}), RATE)  # fmt: skip
+    monkeypatch.undo()
+    return seen
+
+
+class FakeLive(nn.Module):
+    """Losses of 1 everywhere; notes when gradients are asked to be added up over copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.asked = nn.Parameter(torch.ones(1)), []
+
+    def set_requires_all_reduce(self, on):
+        self.asked.append(on)
+
+    def forward(self, batch, choose, count=None):
+        losses = torch.where(batch.targets == IGNORE, torch.nan, 1.0)
+        mask = choose(losses)
+        return SimpleNamespace(loss_sum=(self.weight * mask).sum(), losses=losses, mask=mask)
+
+
+class Two(Ranks):
+    """One of two ranks that hold the same."""
+
+    def sum(self, values):
+        return values * 2
+
+    def least(self, values):
+        return values
+
+    def every(self, value, group=None):
+        return [value, value]
+
+
+def test_dropout_is_drawn_anew_each_step_on_each_rank_by_each_seed_and_the_same_for_choice_and_training(monkeypatch):
+    two = [Two(rank, 2, torch.device("cpu")) for rank in range(2)]
+    cases = [(two[rank], seed, step) for rank in range(2) for seed in range(2) for step in range(3)]
+    seeds = [seeds_of(monkeypatch, ranks, seed, step) for ranks, seed, step in cases]
+    assert all(len(seen) == 2 and seen[0] == seen[1] for seen in seeds)
+    assert len({seen[0] for seen in seeds}) == len(cases) and all(isinstance(seen[0], int) for seen in seeds)
+
+
+def test_gradients_are_added_up_over_copies_once_a_step_at_its_last_micro_batch():
+    live = FakeLive()
+    two = Two(0, 2, torch.device("cpu"))
+    optimizer = torch.optim.SGD(live.parameters())
+    optimize(live, optimizer, step_of([*LENGTHS, LENGTHS[0]])[0], run_of(two), START, RATE)
+    assert live.asked == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [({"tokens": 1000}, 8), ({"tokens": 1100}, 9), ({"tokens": 3}, 1), ({"tokens": 128}, 1), ({"tokens": 192}, 2)],
+)
+def test_a_run_of_so_many_tokens_takes_that_many_steps_one_at_least(fields, steps):
+    run = run_of(epochs=None, tokens_per_step=128, **fields)
+    geometry = geometry_of(run)
+    assert [progress(run, step, 7, geometry) for step in range(steps + 2)] == [
+        pytest.approx(min(1.0, step / steps)) for step in range(steps + 2)
+    ]
+
+
+@pytest.mark.parametrize(("epochs", "windows"), [(1, 12), (0.5, 6), (3, 36)])
+def test_a_run_of_epochs_ends_when_so_many_windows_were_taken(epochs, windows):
+    run = run_of(epochs=epochs)
+    for position in (0, 1, windows // 2, windows - 1, windows, windows + 5):
+        done = progress(run, 3, position, geometry_of(run, alone=True))
+        assert done == pytest.approx(min(1.0, position / windows)) and (done < 1) == (position < windows)
+
+
+def test_a_step_is_cut_into_rows_of_the_window_or_of_what_is_asked_one_at_least():
+    cut = geometry_of(run_of(Ranks(1, 2, torch.device("cpu")), tokens_per_step=512, micro_rows=3), alone=True)
+    assert (cut.rows, cut.row_tokens, cut.micro_rows, cut.rank, cut.world, cut.alone) == (8, 64, 2, 1, 2, True)
+    cut = geometry_of(run_of(tokens_per_step=512, row_tokens=128))
+    assert (cut.rows, cut.row_tokens, cut.micro_rows, cut.rank, cut.world, cut.alone) == (4, 128, 4, 0, 1, False)
+    assert geometry_of(run_of(tokens_per_step=100)).rows == geometry_of(run_of(tokens_per_step=5)).rows == 1
+    assert geometry_of(run_of(row_tokens=64)).row_tokens == 64
+    with pytest.raises(UserError, match=r"train\.row_tokens: 63 is less than context\.window \(64\); raise it"):
+        geometry_of(run_of(row_tokens=63))
+    with pytest.raises(UserError, match=r"train\.shard_ranks"):
+        geometry_of(run_of(Ranks(0, 4, torch.device("cpu")), tokens_per_step=512, shard_ranks=3))
+
+
+def test_the_state_goes_on_by_what_the_step_took_and_keeps_what_the_run_was_made_of():
+    state = State(4, 100, 1000, 600, {"base": "b"}, norms=[1.0], names={"base": "n"})
+    step = Step([], position=131, tokens=70, padding=0.1)
+    assert advance(state, step, 42, 2.5) == State(5, 131, 1070, 642, {"base": "b"}, [1.0, 2.5], {"base": "n"})
+
+
+def test_a_row_says_how_far_the_run_is_how_fast_and_what_it_waited_for():
+    state, step = State(5, 131, 1070, 642, {}), Step([], position=131, tokens=70, padding=0.125)
+    row = figures(run_of(), state, step, 1e-3, seconds=2.0, waited=0.5)
+    assert row.pop("peak_memory") > 1 << 20
+    assert row == {"tokens_seen": 1070, "tokens_selected": 642, "position": 131, "learning_rate": 1e-3,
+                   "tokens_per_second": 35.0, "data_wait": 0.25, "padding": 0.125, "epoch": 10}  # fmt: skip
+    parts = Mixture([made([5] * 8), made([5] * 4, seed=1)], [3, 1])
+    row = figures(run_of(source=parts), state, step, 1e-3, 2.0, 0.5)
+    assert row["drawn"] == parts.drawn(131) and sum(row["drawn"]) == 131 and row["epoch"] == 10
+
+
+class Rows:
+    def __init__(self):
+        self.rows = []
+
+    def write(self, kind, step, values):
+        self.rows.append((kind, step, values))
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_held_out_text_is_looked_at_without_dropout_and_training_goes_on_as_it_was(dropout):
+    live, log, state = SimpleNamespace(model=nn.Linear(1, 1)), Rows(), State(3, 1, 77, 1, {})
+    live.model.train(dropout)
+    modes = []
+
+    def look(given):
+        modes.append((given is live, live.model.training))
+        return {"loss": 2.0}
+
+    evaluate(run_of(evaluate=look, dropout=dropout), live, log, state)
+    evaluate(run_of(evaluate=look, dropout=dropout), live, None, state)
+    evaluate(run_of(dropout=dropout), live, log, state)
+    assert modes == [(True, False)] * 2 and live.model.training is dropout
+    assert log.rows == [("eval", 3, {"tokens_seen": 77, "loss": 2.0})]
+
+
+def test_a_step_is_saved_once_and_its_rows_are_durable_first():
+    events = []
+    saver = SimpleNamespace(last=3, save=lambda state: events.append(state.step))
+    log = SimpleNamespace(sync=lambda: events.append("rows"))
+    for step, kept in ((3, log), (4, log), (5, None)):
+        save(saver, kept, State(step, 0, 0, 0, {}))
+    assert events == ["rows", 4, 5]
+
+
+def test_what_a_signal_asks_for_is_heard_while_the_block_runs_and_whoever_heard_before_hears_again():
+    heard = []
+    before = {name: signal.signal(name, lambda number, _frame: heard.append(number)) for name in ASKED}
+    try:
+        for name, status in ASKED.items():
+            with Stop() as stop:
+                assert stop.status == 0
+                os.kill(os.getpid(), name)
+                os.kill(os.getpid(), name)  # torchrun hands it on
+                assert stop.status == status and not heard
+            os.kill(os.getpid(), name)
+            assert heard.pop() == name
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+ASKED = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def test_a_run_in_another_thread_leaves_signals_to_the_main_one():
+    handlers = [signal.getsignal(name) for name in ASKED]
+    statuses = []
+
+    def work():
+        with Stop() as stop:
+            statuses.append(stop.status)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert statuses == [0] and [signal.getsignal(name) for name in ASKED] == handlers
+
+
+def test_a_second_signal_is_the_first_one_handed_on_for_three_seconds_and_leaves_at_once_after(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(trainer.loop.time, "monotonic", lambda: now[0])
+    stop = Stop()
+    stop._ask(signal.SIGTERM, None)
+    now[0] += 3
+    stop._ask(signal.SIGINT, None)
+    assert stop.status == 143
+    now[0] += 0.1
+    with pytest.raises(KeyboardInterrupt):
+        stop._ask(signal.SIGINT, None)
+
+
+def test_a_run_goes_on_from_its_final_model_else_its_newest_checkpoint_else_from_nothing(tmp_path, monkeypatch):
+    run = replace(run_of(output=tmp_path / "x"), names={"base": "now"})
+    assert found(run, {"a": 1}) == (None, State(0, 0, 0, 0, {"a": 1}, names={"base": "now"}))
+    asked = []
+    stored = State(3, 9, 5, 4, {"a": 1, "train": {}}, norms=[2.0], names={"base": "then"})
+    monkeypatch.setattr(trainer.checkpoint, "load_state", lambda path, ranks: asked.append((path, ranks)) or stored)
+    origin = {"a": 1, "train": {"skip": [[9, 12]]}}
+    for name in ("checkpoints/step-0000003", "final"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        saved, state = found(run, origin, ALONE)
+        assert saved == tmp_path / "x" / name and asked.pop() == (saved, ALONE)
+        assert state == replace(stored, origin=origin, names={"base": "now"})
+    with pytest.raises(UserError, match=r"final: cannot go on .*\n  a: 1 stored, 2 now"):
+        found(run, origin | {"a": 2})

@@ -40,6 +40,7 @@ from schemas.config import Context, Train
 from schemas.loss import batch_losses
 from schemas.models import open_model
 from trainer.checkpoint import State
+from trainer.compiled import compile_live
 from trainer.kept import carry_kept
 from trainer.live import Live
 from trainer.loop import Run, optimize
@@ -281,6 +282,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     only: Annotated[str, typer.Option(help="Measure the memory of this arm alone; prints JSON.")] = "",
     memory: Annotated[bool, typer.Option(help="Measure memory too.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Also with train.compile, on a model of its own.")] = False,
 ) -> None:
     """Measure and print."""
     corpus = corpus or ["runs/demo/data/corpus/*"]
@@ -303,6 +305,10 @@ def main(
     peaks = {arm: peak_of(arm, given) for arm in ARMS} if memory else {}
     bench = Bench.of(model, corpus, window, rows, rounds + 1, dtype)
     steps = {arm: bench.step(arm) for arm in (*ARMS, SCORING)}
+    if compiled:
+        other = Bench.of(model, corpus, window, rows, rounds + 1, dtype)
+        compile_live(other.live)
+        steps |= {f"{arm}, train.compile": other.step(arm) for arm in ("clm", "slm, keep 0.6")}
     taken: dict[str, list[float]] = {arm: [] for arm in steps}
     for _ in range(rounds + 1):
         for arm, step in steps.items():

@@ -117,7 +117,7 @@ def _check(row: int, record: dict[str, Any] | bytes | None, url: str, corpus: Co
         return Rejected(row, fallback, "the line is not JSON in UTF-8")
     if not isinstance(fields, dict):
         return Rejected(row, fallback, "the line is not a JSON object")
-    name = fields.get(corpus.id) if corpus.id else None
+    name = fields.get(corpus.id)
     doc_id = name if isinstance(name, str) and name and is_unicode(name) else fallback
     messages = read_messages(fields, corpus.messages) if corpus.messages else None
     if isinstance(messages, str):

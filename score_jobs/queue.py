@@ -54,7 +54,7 @@ class UnitQueue:
 
 def _runs(units: list[Unit]) -> list[deque[Unit]]:
     """Units split wherever one does not begin where the one before it ended."""
-    runs = [deque(units[:1])] if units else []
+    runs = [deque(units[:1])]
     for before, unit in pairwise(units):
         if (unit.url, unit.first) == (before.url, before.end):
             runs[-1].append(unit)

@@ -224,6 +224,65 @@ def test_law_4_a_bad_document_is_rejected_with_its_reason_and_its_neighbours_are
     assert isinstance(bad, Rejected) and bad.row == 1 and reason in bad.reason
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_a_document_of_as_many_characters_as_are_allowed_is_read_however_they_are_written_and_one_more_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    long = json.dumps({"text": "🧮" * 10}).encode()  # twelve bytes each
+    lines = [b'{"text": "a"}', long, b'{"text": "eleven chr."}', b'{"text": "b"}']
+    path = tmp_path / f"part.{suffix}"
+    path.write_bytes(gzip.compress(b"\n".join(lines)) if suffix == "jsonl.gz" else b"\n".join(lines))
+    monkeypatch.setattr("score_jobs.corpus.OTHER_FIELDS_BYTES", len(long) - 120)
+    a, widest, longer, b = read_all(str(path), max_chars=10)
+    assert (a, b) == (Document(0, f"{path.name}#0", "a"), Document(3, f"{path.name}#3", "b"))
+    assert widest == Document(1, f"{path.name}#1", "🧮" * 10)
+    assert longer == Rejected(2, f"{path.name}#2", "11 characters, more than corpus.max_chars (10)")
+    monkeypatch.setattr("score_jobs.corpus.OTHER_FIELDS_BYTES", len(long) - 121)
+    found = read_all(str(path), max_chars=10)
+    assert found == [a, Rejected(1, f"{path.name}#1", f"a line of more than {len(long) - 1:,} bytes"), longer, b]
+
+
+def test_a_conversation_is_a_document_of_all_that_is_said_in_it_and_one_that_is_none_says_why(tmp_path: Path) -> None:
+    ask, answer = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
+    rows = [
+        {"id": "x", "chat": [ask, answer]},
+        {"id": "y", "text": "a text"},
+        {"id": "z", "prompt": "a?", "response": "b"},
+        {"id": "v", "chat": [ask, answer | {"content": "long " * 9}]},
+        {"id": "w", "chat": [ask, answer | {"content": "\ud800"}]},
+    ]
+    path = tmp_path / "part.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_all(str(path), messages="chat", id="id", max_chars=40)
+    assert [row.id for row in found] == ["x", "y", "z", "v", "w"]
+    for row in (found[0], found[2]):
+        assert isinstance(row, Document) and row.text == "a?\nb" and row.messages == [ask, answer]
+    reasons = [row.reason for row in found if isinstance(row, Rejected)]
+    assert len(reasons) == 3 and "`chat`" in reasons[0] and "48 characters" in reasons[1]
+    assert reasons[2] == "`chat` holds lone surrogates"
+
+
+def test_a_reader_has_one_file_open_and_none_when_it_is_closed(
+    corpus_tools: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+    real = open
+    monkeypatch.setattr("score_jobs.corpus.open_input", lambda url: (opened.append(real(url, "rb")), opened[-1])[1])
+    urls = [
+        str(corpus_tools.write_documents(tmp_path / f"{name}.{name}", corpus_tools.make_documents(9)))
+        for name in ("jsonl", "parquet")
+    ]
+    reader = Reader(Corpus(paths=urls))
+    for turn, url in enumerate([*urls, urls[0]]):
+        assert len(list(reader.read(url, 2, 5))) == len(list(reader.read(url, 5, 8))) == 3
+        assert [file.closed for file in opened] == [True] * turn + [False]
+    reader.close()
+    assert opened[-1].closed and len(list(reader.read(urls[0], 0, 3))) == 3 and len(opened) == 4
+    opened.clear()
+    list(read_documents(urls[1], Corpus(paths=urls)))
+    assert [file.closed for file in opened] == [True]
+
+
 @pytest.mark.parametrize("name", [b"null", b"5", b'""', b'"\\ud800"'])
 def test_a_document_without_a_usable_id_is_named_by_its_shard_and_row(tmp_path: Path, name: bytes) -> None:
     path = tmp_path / "part.jsonl"
@@ -255,6 +314,58 @@ def test_a_corpus_is_read_whole_and_in_order(corpus_folder: Path) -> None:
     corpus = Corpus(paths=[str(corpus_folder / "part-*")])
     expected = [row for url in resolve(corpus) for row in read_documents(url, corpus, 0, survey(url).documents)]
     assert list(corpus_documents(corpus)) == expected and len(expected) == 4 * 24 + 3
+
+
+def test_law_4_a_changed_byte_in_a_parquets_text_is_an_error_and_in_a_column_that_is_not_asked_for_it_is_nothing(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "part.parquet"
+    table = pa.table({"text": [f"text {row}" for row in range(9)], "url": list("abcdefghi"), "date": ["other"] * 9})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"other", b"0ther", 1))
+    assert read_all(str(path)) == [Document(row, "abcdefghi"[row], f"text {row}") for row in range(9)]
+    path.write_bytes(whole.replace(b"text 4", b"text 5", 1))
+    with pytest.raises(ShardError, match=r"part\.parquet.*"):
+        read_all(str(path))
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_is_read_from_any_of_arrows_types_for_it(tmp_path: Path, kind: pa.DataType) -> None:
+    path = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"text": pa.array(["one", None, "two"]).cast(kind)}), path)
+    one, bad, two = read_all(str(path))
+    assert isinstance(one, Document) and isinstance(two, Document) and (one.text, two.text) == ("one", "two")
+    assert isinstance(bad, Rejected) and bad.reason == "no `text`"
+
+
+def test_a_conversation_is_read_from_a_parquet_in_either_form_and_a_table_of_neither_says_what_it_has(
+    tmp_path: Path,
+) -> None:
+    chat = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    for number, table in enumerate([{"chat": [chat]}, {"instruction": ["a?"], "output": ["b"], "date": ["d"]}]):
+        path = tmp_path / f"part-{number}.parquet"
+        pq.write_table(pa.table(table), path)
+        (row,) = read_all(str(path), messages="chat")
+        assert isinstance(row, Document) and row.text == "a?\nb" and row.messages == chat
+    for table in ({"prompt": ["a?"]}, {"response": ["b"], "text": ["c"]}):
+        pq.write_table(pa.table(table), tmp_path / "part.parquet")
+        with pytest.raises(ShardError, match=rf"no column `chat`.*it has {', '.join(table)}\)"):
+            read_all(str(tmp_path / "part.parquet"), messages="chat")
+
+
+def test_law_4_bytes_that_are_no_utf8_cost_a_document_in_a_dictionary_and_in_a_conversation_too(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    bad = pa.array([b"one", b"\xff\xfe", None, b"two"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": bad.dictionary_encode()}), path)
+    assert [getattr(row, "text", None) for row in read_all(str(path))] == ["one", None, None, "two"]
+    roles = pa.array(["user", "assistant"] * 4)
+    said = pa.array([b"a", b"b", b"a", b"\xff", b"c", b"d", b"e", b"f"]).cast(pa.string(), safe=False)
+    turns = pa.ListArray.from_arrays([0, 2, 4, 6, 8], pa.StructArray.from_arrays([roles, said], ["role", "content"]))
+    pq.write_table(pa.table({"chat": turns}), path)
+    found = read_all(str(path), messages="chat")
+    assert [getattr(row, "text", None) for row in found] == ["a\nb", None, "c\nd", "e\nf"]
+    assert isinstance(found[1], Rejected) and "`chat`" in found[1].reason
 
 
 def test_law_4_a_parquet_value_that_is_not_utf8_costs_its_document(tmp_path: Path) -> None:

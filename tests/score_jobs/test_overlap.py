@@ -14,7 +14,7 @@ from schemas.receipt import Layout, Receipt, read_receipts
 from score_jobs.inputs import ShardError
 from score_jobs.overlap import OverlappedWorker
 from score_jobs.worker import Worker
-from tests.score_jobs.test_worker import prepare
+from tests.score_jobs.made import prepare
 
 PATIENCE_SECONDS = 60
 

@@ -39,6 +39,10 @@ def test_nothing_done_is_no_rate() -> None:
     assert active_seconds([]) == 0.0
 
 
+def test_no_time_is_no_rate() -> None:
+    assert recent_rate([Done(at=5.0, seconds=1.0, tokens=10)], 5.0, 5.0, 30.0) == 0.0
+
+
 @given(SPANS)
 def test_active_time_is_the_measure_of_the_union_of_the_units_times(spans: list[tuple[float, float]]) -> None:
     done = [Done(at=start + length, seconds=length, tokens=1) for start, length in spans]
@@ -70,7 +74,7 @@ def test_the_share_outside_the_forward_is_of_the_units_that_know_their_wait() ->
 
 def test_the_rate_now_is_over_twice_the_last_units_time_where_that_is_longer_than_asked() -> None:
     done = [
-        Done(at=1.0, seconds=1.0, tokens=10),
+        Done(at=1.0, seconds=1.0, tokens=100),
         Done(at=5.0, seconds=4.0, tokens=10),
         Done(at=8.0, seconds=3.0, tokens=10),
     ]

@@ -277,7 +277,8 @@ def gone_through(monkeypatch, state=START, ask=lambda step: 0, failed=lambda ste
     saver = SimpleNamespace(last=state.step, failed=0, save=lambda state: events.append(("save", state.step)),
                             wait=lambda: events.append("written"))  # fmt: skip
 
-    def step_taken(live, optimizer, step, run, state, rate):
+    def step_taken(given, optimizer, step, config, state, rate):
+        assert given is live and optimizer == "adamw" and config is run
         events.append(("step", state.step, step.position, round(rate, 9)))
         asked.status, saver.failed = ask(state.step + 1), failed(state.step + 1)
         found = {"selected": 7.0, "grad_norm": 2.5, "loss_all": 3.0}
@@ -291,8 +292,12 @@ def gone_through(monkeypatch, state=START, ask=lambda step: 0, failed=lambda ste
         return {"loss": 1.0}
 
     monkeypatch.setattr(trainer.loop, "optimize", step_taken)
-    monkeypatch.setattr(trainer.loop, "matmul_peak", lambda compute, device: 100.0)
-    monkeypatch.setattr(trainer.loop.Weights, "of", lambda model: SimpleNamespace(step_flops=flops))
+    monkeypatch.setattr(
+        trainer.loop, "matmul_peak", lambda compute, device: {(torch.float32, "cpu"): 100.0}[compute, device]
+    )
+    monkeypatch.setattr(
+        trainer.loop.Weights, "of", lambda model: {live.model: SimpleNamespace(step_flops=flops)}[model]
+    )
     monkeypatch.setattr(trainer.loop, "time", Ticking())
     if log:
         log.sync = lambda: events.append("rows")
@@ -304,7 +309,7 @@ def gone_through(monkeypatch, state=START, ask=lambda step: 0, failed=lambda ste
     profiler = SimpleNamespace(at=lambda step: events.append(("profile", step)))
     monkeypatch.setattr(Two, "greatest", lambda self, value: value, raising=False)
     try:
-        end = loop(run, live, None, stream, geometry_of(run), state, log, asked, saver, profiler)
+        end = loop(run, live, "adamw", stream, geometry_of(run), state, log, asked, saver, profiler)
     except Stopped as stopped:
         end = stopped
     return events, end, log.rows if log else None
@@ -347,7 +352,8 @@ def test_the_rate_of_a_step_is_that_of_its_middle(monkeypatch):
 
 
 def test_held_out_text_is_looked_at_and_checkpoints_are_saved_every_so_many_steps(monkeypatch):
-    events, *_ = gone_through(monkeypatch, evaluate_every=2, checkpoint_every=3)
+    events, _, rows = gone_through(monkeypatch, evaluate_every=2, checkpoint_every=3)
+    assert [(kind, step) for kind, step, _ in rows if kind == "eval"] == [("eval", 2), ("eval", 4)]
     for unwanted in ("profile", "report"):
         events = [event for event in events if event[0] != unwanted]
     assert [event if isinstance(event, str) or event[0] == "save" else event[0] for event in events] == [

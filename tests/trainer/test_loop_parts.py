@@ -516,3 +516,26 @@ class FakeBuilt(nn.Module):
     def __init__(self):
         super().__init__()
         self.model, self.opened = nn.Linear(1, 1), SimpleNamespace(isolation="varlen", linear=True)
+
+
+def test_a_run_writes_its_tokenizer_its_profile_and_its_log_and_no_checkpoint_twice(small, tiny_model, monkeypatch):
+    told, shared, real, reading = [], [], trainer.loop.Log, trainer.loop.found
+
+    def log_of(*given):
+        told.append((given, real(given[0], given[1])))
+        return told[-1][1]
+
+    monkeypatch.setattr(trainer.loop, "Log", log_of)
+    monkeypatch.setattr(trainer.loop, "found", lambda *given: shared.append(given[2:]) or reading(*given))
+    run = replace(small(wandb="sift", profile=(2, 3)), tokenizer=open_tokenizer(tiny_model, "base"))
+    run.source.index = shared.append
+    folder, final = run.config.output, train(run)
+    ((given, log),) = told
+    assert given == (folder, 0, "sift", origin_of(run)["train"]) and log.file.closed and shared == [(ALONE,), ALONE]
+    assert (final / "tokenizer.json").exists()
+    (trace,) = folder.rglob("*.json.gz")
+    assert trace.relative_to(folder).as_posix() == "profile/steps-2-3/rank-00000.json.gz"
+    written = (folder / "checkpoints" / "step-0000004" / "state.json").stat().st_mtime_ns
+    shutil.rmtree(final)
+    train(run)
+    assert (folder / "checkpoints" / "step-0000004" / "state.json").stat().st_mtime_ns == written

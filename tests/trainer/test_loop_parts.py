@@ -432,6 +432,11 @@ def test_held_out_text_is_looked_at_once_where_the_last_step_is_one_of_those(sma
     assert [row["step"] for row in rows_of(tmp_path / "other") if row["kind"] == "eval"] == [0, 3, 4]
 
 
+def test_a_run_of_so_many_tokens_ends_there_whatever_the_data_hold(small, tmp_path):
+    train(small(epochs=None, tokens=300))
+    assert [row["step"] for row in rows_of(tmp_path / "run") if row["kind"] == "train"] == [1, 2]
+
+
 def test_a_run_reads_its_data_in_the_order_of_its_settings_as_its_model_can_take_them(small, monkeypatch):
     asked, real = [], trainer.loop.steps
     monkeypatch.setattr(trainer.loop, "steps", lambda *given: asked.append(given) or real(*given))

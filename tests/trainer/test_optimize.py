@@ -35,9 +35,12 @@ def step_of(lengths=LENGTHS):
     """A step and its windows; ref_loss stands where each token is predicted."""
     rng, micros, windows = np.random.default_rng(2), [], []
     for share in lengths:
-        every = [replace(window(rng, length), tokens=rng.integers(2, 40, length)) for length in share]
+        every = [
+            replace(window(rng, length), tokens=rng.integers(2, 40, length), ref_entropy=rng.random(length, np.float32))
+            for length in share
+        ]
         batch = collate([one.tokens for one in every], [[0, 1], [2]], 16)
-        columns = {"ref_loss": batch.spread([one.ref_loss for one in every])}
+        columns = {name: batch.spread([getattr(one, name) for one in every]) for name in ("ref_loss", "ref_entropy")}
         placed = [Placed(0, key, one) for key, one in enumerate(every)]
         micros.append(MicroBatch(batch, columns, [length - 1 for length in share], placed))
         windows += every
@@ -95,6 +98,14 @@ def half_of_each_window(_every, windows):
     return [(best(scores, 0.5), scores) for scores in by_reference(windows)]
 
 
+def half_of_each_window_by_both(_every, windows):
+    entropies = [torch.from_numpy(-one.ref_entropy[1:]) for one in windows]
+    return [
+        (best(scores, 0.5) & best(other, 0.5), scores)
+        for scores, other in zip(by_reference(windows), entropies, strict=True)
+    ]
+
+
 def half_of_the_step_by_excess(every, windows):
     scores = [losses + own for losses, own in zip(every, by_reference(windows), strict=True)]
     masks = best(torch.cat(scores), 0.5).split([len(own) for own in scores])
@@ -104,6 +115,7 @@ def half_of_the_step_by_excess(every, windows):
 CASES = {
     "clm": ({"objective": "clm"}, all_of_them),
     "by window": ({"objective": "self-ref-loss", "scope": "sequence", "keep": 0.5}, half_of_each_window),
+    "by both": ({"objective": "self-ref-both", "scope": "sequence", "keep": 0.5}, half_of_each_window_by_both),
     "by step": ({"objective": "slm", "scope": "step", "keep": 0.5}, half_of_the_step_by_excess),
 }
 
@@ -119,7 +131,7 @@ def test_a_step_goes_down_the_clipped_gradient_of_the_mean_over_all_that_it_sele
         torch.testing.assert_close(ways[name], wanted, rtol=1e-3, atol=1e-6, msg=name)
     assert row["selected"] == len(chosen) and row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert row["loss_kept"] == pytest.approx(float(chosen.mean()), rel=1e-5)
-    lowest = None if fields["objective"] == "clm" else pytest.approx(float(scores.min()), abs=1e-4)
+    lowest = None if fields["objective"] in ("clm", "self-ref-both") else pytest.approx(float(scores.min()), abs=1e-4)
     assert row["threshold"] == lowest
 
 

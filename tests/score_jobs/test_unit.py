@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from schemas.config import Config
-from schemas.conversation import Piece
+from schemas.conversation import TEMPLATES, Piece
 from schemas.errors import UserError
 from schemas.receipt import Canary, read_receipts
 from schemas.shard import Window, encode_shard
 from schemas.store import NotWritten
 from score_jobs.corpus import Rejected
 from score_jobs.engines import Scored
+from score_jobs.lines import Mark
 from score_jobs.plan import Unit
 from score_jobs.worker import Owner, ScoringError, Worker, _same
 from tests.score_jobs.made import MadeEngine, made_worker, prepare
@@ -133,6 +135,9 @@ def test_a_unit_stores_the_tokens_of_its_documents_and_the_engines_losses_and_it
     assert [json.loads(line) for line in bad.splitlines()] == [{"doc_id": "u4", "row": 4, "reason": "`text` is empty"}]
     assert bad.endswith(b"\n") and receipt.quarantine_sha256 == hashlib.sha256(bad).hexdigest()
     assert receipt.engine["name"] == "made" and receipt.engine["host"] == platform.node() and receipt.engine["device"]
+    assert not {"model", "corpus"} & set(receipt.engine)  # they are of the hub's
+    said = json.loads(pq.read_schema(worker.layout.shard(unit.name)).metadata[b"tokensift"])
+    assert (said["fingerprint"], said["unit"]) == (worker.job.fingerprint, unit.name)
     assert receipt.committed is not None and begun - 1 <= receipt.committed <= time.time() + 1
     assert receipt == read_receipts(worker.layout)[unit.name]
 
@@ -167,11 +172,11 @@ def test_the_largest_value_that_float16_holds_and_any_at_position_0_cost_nothing
 
     def change(scored: list[Scored]) -> None:
         for one in scored:
-            one.loss[0], one.loss[1] = math.inf, 65_504.0
+            one.loss[:3] = math.inf, 65_504.0, 0.1
 
     engine(worker).change = change
     assert worker.score(unit).quarantined == 1
-    assert {row["ref_loss"][1] for row in stored(worker, unit)} == {65_504.0}
+    assert {tuple(row["ref_loss"][1:3]) for row in stored(worker, unit)} == {(65_504.0, float(np.float16(0.1)))}
 
 
 def test_a_unit_of_which_nothing_can_be_scored_is_committed_without_windows_and_losses(
@@ -215,6 +220,7 @@ def test_drift_is_the_mean_over_all_canary_tokens_and_no_number_where_a_loss_is_
     canaries = [Canary([0, 64, 128, 192], [1.0, 1.5, 3.25]), Canary([0, 64], [1.0])]
     assert worker.canary_drift(canaries) == (0.5 + 0.25) / 4
     assert worker.canary_drift([]) == 0.0
+    assert worker.canary_drift([Canary([0, 64], [1.5])]) == 0.5
 
     def spoil(scored: list[Scored]) -> None:
         scored[0].loss[2] = math.nan
@@ -271,6 +277,60 @@ def test_a_unit_whose_redoing_rejects_nothing_leaves_no_quarantine_of_an_earlier
     assert (receipt.documents, receipt.quarantined, receipt.end_document) == (3, 0, 3)
 
 
+def test_a_unit_from_within_a_shard_is_read_from_its_mark_and_one_that_is_committed_keeps_its_receipt(
+    made: tuple[Worker, Unit],
+) -> None:
+    worker, unit = made
+    lines = Path(unit.url).read_bytes().splitlines(keepends=True)
+    middle = replace(unit, first=3, end=6, mark=Mark(row=2, offset=sum(map(len, lines[:2]))))
+    asked, read = [], worker.reader.read
+    worker.reader.read = lambda *arguments: (asked.append(arguments), read(*arguments))[1]  # type: ignore[method-assign]
+    receipt = worker.score(middle)
+    assert asked == [(unit.url, 3, 6, middle.mark)]
+    assert (receipt.first_document, receipt.end_document, receipt.documents, receipt.quarantined) == (3, 6, 2, 1)
+    assert [row["row"] for row in stored(worker, middle)] == [3, 5]
+    engine(worker).change = lambda scored: scored[0].loss.fill(0.0)
+    assert worker.score(middle) == receipt
+
+
+def test_a_receipt_says_to_the_millisecond_what_each_step_took_and_how_long_the_engine_had_waited(
+    made: tuple[Worker, Unit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, unit = made
+    now = [1000.0]
+
+    def takes(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            now[0] += seconds
+            return work(*arguments)
+
+        return run
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], time=lambda: 1e9 + 0.12345)
+    monkeypatch.setattr("score_jobs.worker.time", clock)
+    worker.idle_since = 999.0
+    worker.reader.read = takes(2.0003, worker.reader.read)  # type: ignore[method-assign]
+    worker.engine.score = takes(4.0003, worker.engine.score)  # type: ignore[method-assign]
+    worker._put_shard = takes(1.0003, worker._put_shard)  # type: ignore[method-assign]
+    receipt = worker.score(unit)
+    assert receipt.seconds == {"read": 2.0, "idle": 3.0, "score": 8.001, "write": 1.0}  # the canary is a call too
+    assert receipt.committed == 1e9 + 0.123
+
+
+def test_a_unit_of_conversations_stores_which_tokens_are_trained_on(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    fields = {"corpus.paths": [str(path)], "corpus.messages": "messages", "corpus.template": TEMPLATES["problem"]}
+    job, (unit,) = prepare(make_config(tmp_path, fields))
+    worker = made_worker(job)
+    pieces = worker.read(unit).pieces
+    worker.score(unit)
+    assert [row["trained"] for row in stored(worker, unit)] == [list(piece.trained) for piece in pieces] != [[]]
+
+
 def test_a_document_that_gives_no_window_is_rejected_with_its_reason_and_costs_no_other(
     made: tuple[Worker, Unit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,13 +353,14 @@ def test_a_worker_computes_in_as_many_threads_as_it_has_cpus_and_says_which_mode
     worker, unit = made
     threads = []
     monkeypatch.setattr("torch.set_num_threads", threads.append)
-    monkeypatch.setattr("score_jobs.worker.open_engine", lambda *asked: MadeEngine(entropy=True))
+    opened: list[Any] = []
+    monkeypatch.setattr("score_jobs.worker.open_engine", lambda *asked: (opened.append(asked), MadeEngine(True))[1])
     monkeypatch.setattr("score_jobs.worker.known_as", lambda folder: f"org/{folder.name}@commit")
     monkeypatch.setattr("score_jobs.worker.dataset_of", lambda url: f"org/{Path(url).stem}@commit")
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     job = replace(worker.job, score=worker.job.score.model_copy(update={"cpus_per_worker": 3, "gpus_per_worker": 0.5}))
     receipt = Worker(job).score(unit)
-    assert threads == [3] and receipt.engine["device"] == "a GPU"
+    assert threads == [3] and opened == [(job.model, job.context, job.score)] and receipt.engine["device"] == "a GPU"
     assert (
         receipt.engine["model"] == f"org/{worker.job.model.name}@commit"
         and receipt.engine["corpus"] == "org/part@commit"

@@ -67,3 +67,13 @@ def test_a_model_of_nan_weights_quarantines_everything_or_does_not_load(
         assert "score.model" in error.problem
         return
     assert Tally.of(map(worker.score, units)).share == 1.0 > job.score.max_quarantined
+
+
+def test_a_damaged_tokenizer_is_the_users_error_that_names_the_field(
+    make_config: Callable[..., Config], tiny_model: Path, tmp_path: Path
+) -> None:
+    job, _ = prepare(make_config(tmp_path))
+    model = copied_model(tiny_model, tmp_path)
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"score\.model"):
+        made_worker(replace(job, model=model))

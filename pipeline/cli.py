@@ -36,6 +36,7 @@ SetOption = Annotated[
 ScaleOption = Annotated[float, typer.Option(min=0.01, max=1, help="Share of the demo's text; 0.05 is a smoke run.")]
 DEMO, EXPERIMENTS = Path("demo"), Path("configs", "experiments")
 ARMS = ("clm", "random", "slm")
+LAUNCHED = ("train", "reference", "finetune")
 
 
 def read_config(path: Path, settings: list[str] | None, **given: Any) -> Config:
@@ -246,6 +247,26 @@ def finetune(
     from pipeline.finetune import finetune as tune
 
     tune(loaded)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def launch(
+    context: typer.Context,
+    verb: Annotated[str, typer.Argument(help="train, reference or finetune; what follows it is that verb's own.")],
+    address: Annotated[
+        str, typer.Option(help="The Ray cluster: host:port, or auto for the one of this node.")
+    ] = "auto",
+    nodes: Annotated[int | None, typer.Option(min=1, help="Default: all that have GPUs.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Of each node. Default: its GPUs.")] = None,
+) -> None:
+    """Train over the nodes of a Ray cluster, e.g. the one that scored: torchrun on each. Ctrl-C saves on all of them."""
+    if verb not in LAUNCHED:
+        raise UserError(f"launch {verb}: is none of {', '.join(LAUNCHED)}", "e.g. tokensift launch train -c mine.yaml")
+    from pipeline.launch import launch as run_on_nodes
+
+    raise_exit(run_on_nodes([verb, *context.args], address, nodes, ranks))
 
 
 @app.command()

@@ -240,8 +240,8 @@ def _band(rows: int, length: int, sliding_window: int, device: torch.device) -> 
     return (behind >= 0) & (behind < sliding_window)
 
 
-def _mask(*arguments: Any, **named: Any) -> torch.Tensor | None:
-    return None if _bounded.get() else sdpa_mask(*arguments, **named)
+def _mask(**named: Any) -> torch.Tensor | None:
+    return None if _bounded.get() else sdpa_mask(**named)
 
 
 AttentionInterface.register(NAME, attend)

@@ -8,7 +8,7 @@ wrote into the assistant's text, after ```output, is not trained on (ToRA's form
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -94,7 +94,7 @@ def templated(tokenizer: Any, corpus: Corpus) -> Any:
 
 def _text(template: str) -> str:
     """A template by its name or file, or itself."""
-    if template in TEMPLATES or "{%" in template or "{{" in template:
+    if template in TEMPLATES or "{{" in template:
         return TEMPLATES.get(template, template)
     try:
         return Path(template).read_text(encoding="utf-8")
@@ -186,17 +186,18 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message], longest: in
 def _rendered(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]] | None]:
     """The text, and the places in it [from, to) that the model is to write; None for these if they cannot be told."""
     template = tokenizer.get_chat_template()
-    marked = bool(GENERATION.search(template))
-    whole, marks = _render(tokenizer, template, messages, marked)
-    spans = marks if marked else _added(tokenizer, template, messages, whole)
+    whole, marks = _render(tokenizer, template, messages)
+    spans = _added(tokenizer, template, messages, whole) if marks is None else marks
     return whole, spans and [piece for start, end in spans for piece in _written(whole, start, end)]
 
 
 def _render(
-    tokenizer: Any, template: str, messages: Sequence[Message], marked: bool = False, ask: bool = False
-) -> tuple[str, list[tuple[int, int]]]:
+    tokenizer: Any, template: str, messages: Sequence[Message], ask: bool = False
+) -> tuple[str, list[tuple[int, int]] | None]:
+    """A template's text, and the places that it marks as the assistant's; None for these if it has no marks."""
     from transformers.utils.chat_template_utils import render_jinja_template  # slow, and fingerprints do without
 
+    marked = bool(GENERATION.search(template))
     named: dict[str, Any] = {**tokenizer.special_tokens_map, "date_string": DATE}
     rendered: Any = render_jinja_template(
         conversations=[list(messages)],
@@ -206,7 +207,7 @@ def _render(
         **named,
     )
     (text,), marks = rendered
-    return text, marks[0] if marks else []
+    return text, marks[0] if marked else None
 
 
 def _added(tokenizer: Any, template: str, messages: Sequence[Message], whole: str) -> list[tuple[int, int]] | None:
@@ -214,19 +215,21 @@ def _added(tokenizer: Any, template: str, messages: Sequence[Message], whole: st
     spans = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _render(tokenizer, template, messages[:number], ask=True)[0] if number else ""
             after = _render(tokenizer, template, messages[: number + 1])[0]
+            before = _render(tokenizer, template, messages[: number or 1], ask=True)[0]
+            if not number:
+                # Templates need not know an empty conversation: what they prompt with they write after one turn as well.
+                asked = before.removeprefix(after)
+                before = after.partition(asked)[0] + asked if asked else ""
             if not after.startswith(before) or not whole.startswith(after):
                 return None
-            eos = tokenizer.eos_token or ""
+            eos = tokenizer.eos_token
             last = after.rfind(eos, len(before)) if eos else -1
             spans.append((len(before), last + len(eos) if last >= 0 else len(after)))
     return spans
 
 
-def _written(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _written(text: str, start: int, end: int) -> list[tuple[int, int]]:
     """A span of the assistant's without what interpreters wrote into it."""
     cuts = [place for found in INTERPRETERS.finditer(text, start, end) for place in found.span()]
-    for left, right in list(pairwise([start, *cuts, end]))[::2]:
-        if left < right:
-            yield left, right
+    return list(pairwise([start, *cuts, end]))[::2]

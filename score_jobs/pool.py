@@ -1,36 +1,31 @@
-"""The pool: Ray actors score units until every receipt exists. The only module that imports Ray.
+"""The pool: Ray actors score units until every receipt exists.
 
 Workers write results straight to the output folder and return receipts alone, so that a lost node costs at
 most the units it had in flight, and nothing is spilled or reconstructed. Whatever of Ray dies, the job goes on where it
 can; where it cannot, it ends with one message.
 """
 
-import logging
-import os
 import platform
 import shlex
-import signal
-import socket
 import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from schemas.config import Score
 from schemas.environment import installed
-from schemas.errors import Stranded, Unreachable, UserError, first_line
+from schemas.errors import Unreachable, UserError, first_line
 from schemas.fingerprint import arithmetic
 from schemas.receipt import Canary, Receipt
+from score_jobs.cluster import POLL_SECONDS, Cluster, Result, start
 from score_jobs.inputs import ShardError
-from score_jobs.keeper import Keeper
 from score_jobs.overlap import UNITS_AT_A_TIME, OverlappedWorker
 from score_jobs.plan import Unit
 from score_jobs.queue import UnitQueue
@@ -40,18 +35,12 @@ from score_jobs.worker import Job, Worker
 # Mean differences over some 60 tokens. On one machine the drift is exactly 0, since the check repeats the very call;
 # between kinds of GPU bfloat16 rounds otherwise by some hundredths. Another kernel or model is off by far more.
 CANARY_TOLERANCE_NATS = {"float32": 0.001, "bfloat16": 0.03}
-POLL_SECONDS = 0.5
 SLOW_START_SECONDS = 20.0
 START_SECONDS = 1800.0  # for a node to come free and a model to load
 LEAST_UNIT_SECONDS, UNIT_SECONDS_UNKNOWN, SLOWER = 120.0, 3600.0, 20.0
-CONNECT_SECONDS = 20.0
-LAST_CALL_SECONDS = 30.0  # for the call to Ray that is under way when a job is stopped
 SURVEYS_PER_CPU = 2  # the second waits on its node while the first is read
-SILENCE_SECONDS = 30.0  # without a word from the cluster; Ray itself aborts the driver after 60
-Result = TypeVar("Result")
 START = "a worker's start"
 GO_ON = "what is scored stays: run `make score` again, it does the rest"
-LAST_WORDS = f"error: the job was killed, or Ray ended it; {GO_ON}"
 
 
 @dataclass(eq=False, slots=True)
@@ -334,82 +323,6 @@ class Actor:
         return self.worker.score(unit)
 
 
-class Cluster:
-    """The Ray we run on: joined or our own, watched for its end."""
-
-    def __init__(self, keeper: Keeper | None, ours: bool, starter: ThreadPoolExecutor | None = None):
-        """`keeper` holds the processes of a Ray that we started; `ours` says whether to leave it at the end.
-
-        `starter`: the thread that started them, and with which the kernel would kill them.
-        """
-        self.keeper, self.ours, self.starter = keeper, ours, starter
-        self.heard = time.monotonic()
-        self.stop = threading.Event()
-        if keeper is None:  # its processes cannot be seen from here, so it is asked
-            threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        while not self.stop.wait(2.0):
-            with suppress(Exception):  # whatever goes wrong, silence is what counts
-                if any(node["Alive"] for node in ray.nodes()):
-                    self.heard = time.monotonic()
-
-    def check(self) -> None:
-        """Raise UserError if the cluster is gone."""
-        if problem := self._gone():
-            raise problem
-
-    def _gone(self) -> Stranded | None:
-        if self.keeper is not None:
-            return Stranded(f"Ray's {dead} died", GO_ON) if (dead := self.keeper.missing()) else None
-        if (silent := time.monotonic() - self.heard) > SILENCE_SECONDS:
-            return Stranded(
-                f"score.address: no word from the Ray cluster for {silent:.0f} s", f"start it again; {GO_ON}"
-            )
-        return None
-
-    def drive(self, work: Callable[[], Result], stop: threading.Event) -> Result:
-        """Do `work`, then leave; `stop` asks it to end. Raises UserError if the cluster goes away, and what `work` does."""
-        with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
-            # Ray's own handler would print its stack; a preempted job ends as an interrupted one does.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Calls into a cluster that dies can block for good, so they are made where nobody waits for them.
-        ended = _beside(work)
-        try:
-            while not wait([ended], POLL_SECONDS).done:
-                self.check()
-            return ended.result()
-        finally:
-            stop.set()
-            if not self._gone():  # a call that is under way when we leave would block for good too
-                wait([ended], LAST_CALL_SECONDS)
-            self.close()
-
-    def close(self) -> None:
-        """Leave the cluster, unless it is gone; nothing of one that we started stays."""
-        self.stop.set()
-        if self.ours and not self._gone():
-            ray.shutdown()
-        if self.keeper:
-            self.keeper.close()
-        if self.starter:
-            self.starter.shutdown(wait=False)
-
-
-def _beside(work: Callable[[], Result]) -> Future[Result]:
-    """Do `work` in a thread that the end of this process does not wait for, as it would for an executor's."""
-    ended: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            ended.set_result(work())
-        except BaseException as error:  # handed to whoever waits
-            ended.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return ended
-
-
 def _runtime_env(score: Score) -> dict[str, Any]:
     """What a worker's process is started with."""
     # Ray would otherwise give the driver's virtual environment no say over threads on other nodes. The second is of the
@@ -439,59 +352,10 @@ def _refuse_other_packages(job: Job) -> None:
 
 
 def _start(score: Score) -> Cluster:
-    """Join the cluster, or start a local one of just the size needed, on the loopback interface alone."""
+    """The cluster that the config names, or a local one of just the size that its workers need."""
     _refuse_other_ray(score)
-    if ray.is_initialized():
-        return Cluster(None, ours=False)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    local = score.address is None
-    size: dict[str, Any] = {}
-    if local:
-        # An idle Python for each CPU, of which actors, whose environment differs, would use none.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        size = {"num_cpus": score.workers * score.cpus_per_worker, "include_dashboard": False}
-        size |= {} if score.gpus_per_worker else {"num_gpus": 0}
-    start, keeper = time.monotonic(), Keeper(("gcs_server", "raylet"), LAST_WORDS) if local else None
-    try:
-        if ":" in (place := (score.address or "").removeprefix("ray://")):  # Ray itself would try for minutes
-            host, port = place.rsplit(":", 1)
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-        starter = _init(keeper, address="local" if local else score.address, **size)
-    except Exception as error:  # a Ray that dies while it starts raises no class of its own
-        if keeper:
-            keeper.close()
-        if isinstance(error, Stranded):
-            raise
-        waited = time.monotonic() - start
-        if local:
-            raise UserError(
-                f"Ray did not start on this machine ({waited:.0f} s: {first_line(error)})", GO_ON
-            ) from error
-        raise UserError(
-            f"score.address: `{score.address}`: no Ray cluster after {waited:.0f} s ({first_line(error)})",
-            "start one with `ray start --head`, or set score.address: null for a local one",
-        ) from error
-    return Cluster(keeper, ours=True, starter=starter)
-
-
-def _init(keeper: Keeper | None, **options: Any) -> ThreadPoolExecutor:
-    """`ray.init` in a thread, left as soon as a Ray of our own dies: it would wait for a minute, then end this process."""
-    starter = ThreadPoolExecutor(1)
-    begun = starter.submit(ray.init, log_to_driver=False, logging_level=logging.CRITICAL, **options)
-    interrupt: KeyboardInterrupt | None = None
-    while not begun.done():
-        try:
-            wait([begun], POLL_SECONDS)
-        except KeyboardInterrupt as error:  # nothing can end a Ray that is half started
-            interrupt = error
-        # A start that fails by itself ends what it began, and says why soon after.
-        if keeper and (dead := keeper.missing()) and not wait([begun], 10 * POLL_SECONDS).done:
-            raise Stranded(f"Ray's {dead} died while it started", GO_ON)
-    begun.result()
-    if interrupt:
-        Cluster(keeper, ours=True, starter=starter).close()
-        raise interrupt
-    return starter
+    cpus = score.workers * score.cpus_per_worker
+    return start("score.address", score.address, GO_ON, cpus=cpus, gpus=bool(score.gpus_per_worker))
 
 
 def _refuse_what_no_node_has(score: Score) -> None:

@@ -142,7 +142,7 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def prune(folder: Path, keep: int, every: int = 0) -> None:
+def prune(folder: Path, keep: int, every: int) -> None:
     """Delete all but the newest `keep` checkpoints and those of steps that `every` divides, and what is half written."""
     passing = [path for path in sorted(folder.glob("step-*")) if not every or int(path.name[5:]) % every]
     for path in passing[:-keep]:

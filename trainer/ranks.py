@@ -171,6 +171,11 @@ def die_with_parent() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     agent = os.getppid()  # 1 where torchrun is a container's only process; its ranks end with the container
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != agent:  # it died before we asked
         os._exit(1)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have Linux send this process a signal when the thread that started it is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)

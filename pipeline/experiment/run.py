@@ -1,6 +1,5 @@
 """Makes an experiment's runs: a process each, several side by side, every one resumable; the finished are left alone."""
 
-import ctypes
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from schemas.lock import locked
 from schemas.receipt import Layout
 from schemas.store import write_atomic
 from trainer.metrics import curve, read_metrics
-from trainer.ranks import PR_SET_PDEATHSIG
+from trainer.ranks import end_with_parent
 
 DIVERGED, CONFIG = "diverged", "run.json"  # files in a run's folder
 
@@ -188,7 +187,7 @@ def ending() -> Iterator[dict[BaseProcess, Job]]:
 
 def perform(job: Job, threads: int) -> None:
     """Do a job, in its own process; all that it says goes to its log."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     with (job.folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo import eval_frame
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas import attention
@@ -93,10 +93,11 @@ def test_attention_in_blocks_is_that_of_float64_by_sdpa(
     bounds = torch.tensor([0, 300, 301, 301 + attention.BLOCK_TOKENS, 700], dtype=torch.int32)
     query, key, value = (torch.randn(700, count, size).to(dtype) for count, size in ((6, 16), (heads, 16), (heads, 24)))
     exact = (tensor.double() for tensor in (query, key, value))
-    expected = attention._window_by_window(*exact, bounds, 0.0, 0.7, sliding_window)
+    scale = None if heads == 1 else 0.7
+    expected = attention._window_by_window(*exact, bounds, 0.0, scale, sliding_window)
     monkeypatch.setattr(attention, "BLOCK_PRODUCTS", 0)
     monkeypatch.setattr(attention, "_by_sdpa", None)
-    found = attention._window_by_window(query, key, value, bounds, 0.0, 0.7, sliding_window)
+    found = attention._window_by_window(query, key, value, bounds, 0.0, scale, sliding_window)
     assert found.dtype == dtype
     most = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(found.double(), expected, atol=most, rtol=most)
@@ -159,6 +160,67 @@ def test_without_boundaries_a_model_is_its_sdpa_padding_and_cache_included() -> 
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_whose_attention_is_not_sdpa_keeps_its_own() -> None:
+    model = build()
+    model.set_attn_implementation("eager")
+    assert not attention.install(model) and model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_without_boundaries_attention_is_pytorchs_own_in_whatever_is_asked_of_it(is_causal: bool) -> None:
+    query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
+    found, _ = attention.attend(torch.nn.Module(), query, key, value, None, scaling=0.7, is_causal=is_causal)
+    expected = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=0.7)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, and is not."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("road", ["with gradients", "without", "by the kernel"])
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_attention_by_boundaries_is_plain_softmax_of_each_window_on_every_road(
+    road: str, sliding_window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if road == "by the kernel" else torch.float32
+    given = [torch.randn(2, heads, 7, 8).to(dtype) for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, 5, 7, 14], dtype=torch.int32)
+    laid = [tensor.float().transpose(1, 2).flatten(0, 1) for tensor in given]
+    window = (sliding_window - 1 if sliding_window else -1, 0)
+    expected = of_torch_2_13(*laid, bounds, bounds, 8, 8, scale=0.7, window_size=window, enable_gqa=True)
+    asked: list[int] = []
+
+    def kernel(*arguments: Any, **named: Any) -> torch.Tensor:
+        asked.append(1)
+        return of_torch_2_13(*arguments, **named)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    if road == "by the kernel":
+        given = [tensor.as_subclass(OnGpu) for tensor in given]
+    with torch.set_grad_enabled(road == "with gradients"):
+        found, _ = attention.attend(
+            torch.nn.Module(), *given, None, scaling=0.7, sliding_window=sliding_window, cu_seq_lens_q=bounds, max_length_q=8
+        )  # fmt: skip
+    assert found.shape == (2, 7, 4, 8) and bool(asked) == (road == "by the kernel")
+    torch.testing.assert_close(
+        found.float().as_subclass(torch.Tensor).flatten(0, 1), expected, atol=2e-2 if asked else 1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.bfloat16, 0.5)])
+def test_what_the_kernel_does_not_do_is_not_asked_of_it(
+    dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", object())
+    query = torch.randn(1, 4, 5, 8).to(dtype).as_subclass(OnGpu)
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    attention.attend(torch.nn.Module(), query, query, query, None, dropout, cu_seq_lens_q=bounds, max_length_q=8)
+
+
 def test_a_saved_model_does_not_name_our_attention(tmp_path: Path) -> None:
     model = build()
     attention.install(model)
@@ -166,19 +228,33 @@ def test_a_saved_model_does_not_name_our_attention(tmp_path: Path) -> None:
     assert attention.NAME not in (tmp_path / "config.json").read_text()
 
 
-@pytest.mark.parametrize("asked", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"is_causal": False}])
-def test_what_a_family_asks_of_attention_beyond_ours_is_an_error_not_left_out(asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"softcap": 30.0}, r"\['softcap'\]"),
+        ({"s_aux": torch.zeros(4)}, r"\['s_aux'\]"),
+        ({"is_causal": False}, "masks"),
+        ({"attention_mask": torch.ones(1, 1, 5, 5).bool()}, "masks"),
+        ({"key": torch.randn(1, 4, 6, 8), "value": torch.randn(1, 4, 6, 8)}, "masks"),
+    ],
+)
+def test_what_a_family_asks_of_attention_beyond_ours_is_an_error_not_left_out(
+    asked: dict[str, Any], named: str
+) -> None:
     query = torch.randn(1, 4, 5, 8)
-    bounds = torch.tensor([0, 5], dtype=torch.int32)
-    with pytest.raises(ValueError, match="does not do"):
-        attention.attend(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=bounds, max_length_q=8, **asked)
+    given: dict[str, Any] = {"key": query, "value": query, "attention_mask": None, **asked}
+    with pytest.raises(ValueError, match=f"does not do {named}$"):
+        attention.attend(
+            torch.nn.Module(), query, cu_seq_lens_q=torch.tensor([0, 5], dtype=torch.int32), max_length_q=8, **given
+        )
 
 
 def of_torch_2_11(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
     """The kernel as torch 2.11 declares it, played by plain softmax: no heads are shared."""
-    assert query.shape[1] == key.shape[1] and window_size[1] == 0 and max_q >= int(cu_seq_q.diff().max())
+    assert query.shape[1] == key.shape[1] and window_size[0] >= -1 and window_size[1] == 0
+    assert max_q == max_k >= int(cu_seq_q.diff().max()) and torch.equal(cu_seq_q, cu_seq_k)
     out = torch.empty_like(query)
     for start, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
         own = slice(start, end)

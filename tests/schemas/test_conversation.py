@@ -1,11 +1,13 @@
 """Conversations: tokens are the chat template's, and what is trained on is what the assistant wrote, to the token."""
 
+import hashlib
 import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from schemas.config import Corpus
 from schemas.conversation import TEMPLATES, encode_conversation, read_messages, template_hash, templated
@@ -60,10 +62,49 @@ def test_tokens_are_the_chat_templates_and_trained_is_what_the_assistant_said(ti
     assert "".join(words.split()) == "".join("".join(answer + "</s>" for answer in answers).split())
 
 
-def test_a_template_without_marks_trains_what_the_same_one_with_marks_does(speaking):
-    messages = said("one", "two", "three", "four")
-    marked, unmarked = (whole(speaking(name), messages) for name in ("chatml", "unmarked"))
-    assert marked[0] == unmarked[0] and np.array_equal(marked[1], unmarked[1])
+@pytest.mark.parametrize("opening", ["", "{% if messages[0].role != 'system' %}{{ 'system\nBe kind.\n' }}{% endif %}"])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        said("one", "two", "three", "four"),
+        said("one", "two", "three", first="assistant"),
+        said("one", "two</s>three", "four", "five"),
+        said("one", ""),
+    ],
+)
+def test_a_template_without_marks_trains_what_the_same_one_with_marks_does(tiny_model, opening, messages):
+    tokenizer, found = open_tokenizer(tiny_model, "base"), []
+    for template in (CHATML, UNMARKED):
+        tokenizer.chat_template = opening + template
+        found.append(whole(tokenizer, messages))
+    assert found[0][0] == found[1][0] and np.array_equal(found[0][1], found[1][1])
+
+
+def test_an_answer_that_ends_without_eos_is_trained_on_to_its_end_also_of_a_tokenizer_that_has_none(tiny_model):
+    tokenizer, messages = open_tokenizer(tiny_model, "base"), said("one", "two", "three", "four")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m.content + '</s>' if m.role == 'user' else m.content }}{% endfor %}"
+    )
+    for eos in ("</s>", None):
+        tokenizer.eos_token = eos
+        tokens, trained = whole(tokenizer, messages)
+        assert tokenizer.decode(np.array(tokens)[trained]) == "twofour"
+
+
+def test_a_tokenizer_that_itself_puts_bos_before_a_text_puts_none_before_a_templates(tiny_model):
+    tokenizer, messages = open_tokenizer(tiny_model, "base"), said("What is 2 + 3?", "It is 5.")
+    tokenizer.chat_template = TEMPLATES["problem"]
+    expected = whole(tokenizer, messages)[0]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert tokenizer("a")["input_ids"][0] == 0
+    assert whole(tokenizer, messages)[0] == expected == tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+def test_a_template_that_asks_for_a_date_writes_the_same_one_every_day(tiny_model):
+    tokenizer, corpus = open_tokenizer(tiny_model, "base"), {"paths": ["x"], "messages": "m"}
+    dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+    templated(tokenizer, Corpus(**corpus, template=dated + CHATML))
+    assert tokenizer.decode(whole(tokenizer, said("a", "b"))[0]).startswith("26 Jul 2024<|im_start|>")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -78,9 +119,10 @@ def test_the_prompt_that_a_model_will_get_ends_where_the_trained_tokens_begin(sp
 @pytest.mark.parametrize("name", KINDS)
 def test_what_an_interpreter_wrote_is_not_trained_on(speaking, name):
     tokenizer = speaking(name)
-    tokens, trained = whole(tokenizer, said("Add.", TRACE))
-    learnt = tokenizer.decode(np.array(tokens)[trained]).strip()
-    assert learnt == "```python\nprint(2 + 3)\n```\n```outputThe answer is $5$.</s>"
+    learnt = "```python\nprint(2 + 3)\n```\n```outputThe answer is $5$.</s>"
+    for turns in (1, 2):
+        tokens, trained = whole(tokenizer, said("Add.", TRACE) * turns)
+        assert re.sub(r"\s*```python", "```python", tokenizer.decode(np.array(tokens)[trained])) == learnt * turns
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -109,8 +151,8 @@ def test_a_long_conversation_is_cut_as_a_document_is_and_what_teaches_nothing_is
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        ("{{ raise_exception('no system') }}", said("a", "b"), r"refuses it \(no system\)"),
-        ("{% for m in messages[-2:] %}{{ m.role + m.content }}{% endfor %}", said(*"abcd"), "an earlier turn otherwise"),
+        ("{{ raise_exception('no system') }}", said("a", "b"), r"the chat template refuses it \(no system\)"),
+        ("{% for m in messages[-2:] %}{{ m.role + m.content }}{% endfor %}", said(*"abcd"), "the chat template writes an earlier turn otherwise"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", said("The", "orem"), "a token spans the edge"),
         (TEMPLATES["problem"], said("only a question"), "no token to train on"),
     ],
@@ -121,7 +163,7 @@ def test_a_conversation_whose_tokens_would_not_be_those_of_its_prompts_is_refuse
     tokenizer = open_tokenizer(tiny_model, "base")
     tokenizer.chat_template = template
     found = encode_conversation(tokenizer, messages, LONG)
-    assert isinstance(found, str) and re.search(reason, found), found
+    assert isinstance(found, str) and re.match(reason, found), found
 
 
 TURN = said("Add.", "5")
@@ -140,6 +182,7 @@ TURN = said("Add.", "5")
         ({"m": "text"}, "`m` is str, not a list of messages"),
         ({"m": [TURN[0], {"role": "assistant", "content": None}]}, "message 1 of `m` is not {role, content}, two strings"),
         ({"m": TURN[:1]}, "`m` holds nothing that an assistant said"),
+        ({"prompt": "Add."}, "no `m`, and no prompt with a response"),
         ({"text": "a page"}, "no `m`, and no prompt with a response"),
         ({"prompt": 1, "response": "5"}, "prompt or response is not a string"),
     ],
@@ -151,13 +194,19 @@ def test_rows_of_the_usual_forms_are_conversations_and_others_say_why_not(row, m
 def test_a_template_is_a_name_a_file_or_the_tokenizers_own(tiny_model, tmp_path):
     tokenizer, named = open_tokenizer(tiny_model, "base"), {"paths": ["x"], "messages": "m"}
     assert template_hash(templated(tokenizer, Corpus(paths=["x"]))) is None
-    with pytest.raises(UserError, match=r"no chat template.*set corpus\.template: problem, alpaca, tora"):
+    with pytest.raises(
+        UserError, match=r"^corpus\.messages: .* no chat template.*set corpus\.template: problem, alpaca, tora"
+    ):
         templated(tokenizer, Corpus(**named))
-    with pytest.raises(UserError, match=r"corpus\.template: other: neither one of"):
+    with pytest.raises(
+        UserError, match=r"^corpus\.template: other: .*problem, alpaca, tora .*No such file.*; mend the path"
+    ):
         templated(tokenizer, Corpus(**named, template="other"))
+    assert templated(tokenizer, Corpus(**named, template="tora")).chat_template == TEMPLATES["tora"]
+    assert template_hash(tokenizer) == hashlib.sha256(TEMPLATES["tora"].encode()).hexdigest()
     (tmp_path / "own.jinja").write_text(CHATML)
     templated(tokenizer, Corpus(**named, template=str(tmp_path / "own.jinja"))).save_pretrained(tmp_path / "saved")
     again = open_tokenizer(tmp_path / "saved", "base")
     assert templated(again, Corpus(**named)).chat_template == CHATML
-    with pytest.raises(UserError, match="writes today's date"):
+    with pytest.raises(UserError, match=r"^corpus\.template: .* writes today's date.*; give a copy.*: a Jinja file"):
         templated(again, Corpus(**named, template="{{ strftime_now('%d') }}"))

@@ -78,8 +78,15 @@ def test_only_a_folder_of_the_hubs_cache_is_known_by_a_name() -> None:
     cache = Path("/any/hub")
     assert known_as(cache / "models--org--name" / "snapshots" / COMMIT) == f"org/name@{COMMIT}"
     assert known_as(cache / "models--gpt2" / "snapshots" / COMMIT) == f"gpt2@{COMMIT}"
-    for other in (f"models--org--name/{COMMIT}", "models--org--name/snapshots/main", f"mine/snapshots/{COMMIT}", "a@b"):
-        assert known_as(cache / other) is None
+    for folder in (
+        "models--org--name",
+        "models--org--name/refs",
+        "datasets--org--name/snapshots",
+        "models/snapshots",
+        "mine/snapshots",
+    ):
+        assert known_as(cache / folder / COMMIT) is None
+    assert known_as(cache / "models--org--name" / "snapshots" / "main") is None and known_as(cache / "a@b") is None
 
 
 def test_a_file_of_the_hubs_data_sets_is_known_by_name_and_commit() -> None:

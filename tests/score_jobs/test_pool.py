@@ -1,15 +1,9 @@
 """The pool against a Ray that is played here: every unit is settled once, whatever its workers answer or die of."""
 
 import random
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,11 +18,8 @@ from score_jobs import pool
 from score_jobs.inputs import ShardError
 from score_jobs.overlap import UNITS_AT_A_TIME
 from score_jobs.plan import Unit
-from score_jobs.pool import Cluster, Pool
-from tests.helpers import PATIENCE_SECONDS
+from score_jobs.pool import Pool
 from tests.score_jobs.test_queue import shard
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Failed(Exception):
@@ -203,49 +194,3 @@ def test_workers_that_do_not_start_end_the_job() -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"do not start.*no memory.*2 attempts"):
         patch.setattr(pool, "ray", ray)
         found._drive(lambda unit, receipt: None, lambda note: None)
-
-
-class InterruptedKeeper:
-    """Ray's processes live, but whoever looks after them is interrupted at the first look."""
-
-    def __init__(self) -> None:
-        self.looks = 0
-
-    def missing(self) -> str:
-        self.looks += 1
-        if self.looks == 1:
-            raise KeyboardInterrupt
-        return ""
-
-    def close(self) -> None:
-        pass
-
-
-def test_a_stopped_job_leaves_ray_after_the_call_to_it_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    order, stop, handler = [], threading.Event(), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(pool.ray, "shutdown", lambda: order.append("left"))
-
-    def call() -> None:
-        stop.wait()
-        time.sleep(0.2)  # the call's rest
-        order.append("answered")
-
-    with pytest.raises(KeyboardInterrupt):
-        Cluster(InterruptedKeeper(), ours=True).drive(call, stop)  # type: ignore[arg-type]
-    signal.signal(signal.SIGTERM, handler)
-    assert order == ["answered", "left"]
-
-
-BLOCKED = """
-import threading
-from score_jobs import pool
-from tests.score_jobs.test_pool import InterruptedKeeper
-
-pool.LAST_CALL_SECONDS, pool.ray.shutdown = 0.1, lambda: None
-pool.Cluster(InterruptedKeeper(), ours=True).drive(threading.Event().wait, threading.Event())
-"""
-
-
-def test_a_call_to_ray_that_never_ends_does_not_keep_a_stopped_job_alive() -> None:
-    run = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, timeout=PATIENCE_SECONDS, capture_output=True)
-    assert b"KeyboardInterrupt" in run.stderr, run.stderr

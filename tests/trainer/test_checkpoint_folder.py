@@ -22,18 +22,18 @@ ORIGIN = {"base": {"config.json": "1"}, "train": {"keep": 0.6, "skip": [[2, 8]]}
 STATE = State(7, 5, 640, 384, ORIGIN, norms=[1.5], names={"base": "org/tiny"})
 
 
-def written(folder):
-    """A checkpoint's files where they are written, with a card beside them."""
+def written(folder, card=True):
+    """A checkpoint's files where they are written, a model's with a card beside them."""
     partial = checkpoint.partial_of(folder)
-    for name, content in (PARTS | {CARD: b"# Model"}).items():
+    for name, content in (PARTS | ({CARD: b"# Model"} if card else {})).items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).write_bytes(content)
     return partial
 
 
-def published(folder, known=("rank-00000.safetensors",), renamed=False):
+def published(folder, known=("rank-00000.safetensors",), renamed=False, card=True):
     hashes = {name: xxhash.xxh3_128_hexdigest(PARTS[name]) for name in known}
-    checkpoint.publish(written(folder), folder, STATE, hashes, renamed)
+    checkpoint.publish(written(folder, card), folder, STATE, hashes, renamed)
     return folder
 
 
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("renamed", [True, False])
 def test_the_state_holds_the_hash_of_every_file_but_the_card_whoever_hashed_it(tmp_path, renamed):
-    folder = published(checkpoint.folder_of(tmp_path, 7), renamed=renamed)
+    folder = published(checkpoint.folder_of(tmp_path, 7), renamed=renamed, card=renamed)
     content = unseal((folder / "state.json").read_bytes())
     assert content["files"] == {name: xxhash.xxh3_128_hexdigest(data) for name, data in PARTS.items()}
     assert content["state"] == asdict(STATE) and content["renamed"] is renamed
@@ -104,6 +104,10 @@ def test_ranks_hash_each_file_once_between_them_and_all_refuse_what_one_of_them_
         assert checkpoint.load_state(folder, Beside(rank, 3, torch.device("cpu"))) == STATE
         assert len(read) == rank + 1
     assert sorted(read) == ["config.json", "merges.txt", "rank-00000.safetensors"]
+    (folder / "config.json").write_text("{ ")
+    with pytest.raises(UserError, match=r"config\.json: not the bytes"):
+        checkpoint.load_state(folder, Beside(0, 3, torch.device("cpu")))
+    (folder / "config.json").write_bytes(PARTS["config.json"])
     monkeypatch.setattr(Beside, "others", (None, ("part of another rank: not the bytes", "delete it")))
     with pytest.raises(UserError, match="part of another rank: not the bytes; delete it"):
         checkpoint.load_state(folder, Beside(0, 3, torch.device("cpu")))
@@ -134,7 +138,9 @@ def test_another_format_is_told_from_damage(folder, number):
     if number is None:  # as the first release wrote it
         del content["format"]
     (folder / "state.json").write_bytes(seal(content))
-    with pytest.raises(UserError, match=rf"state\.json: of format {number or 1}; this release reads 2; .*train\.run"):
+    with pytest.raises(
+        UserError, match=rf"state\.json: of format {number or 1}; this release reads 2; finish .*train\.run"
+    ):
         checkpoint.load_state(folder)
 
 
@@ -149,6 +155,21 @@ def test_a_sealed_state_that_lacks_something_is_one_clear_error(folder, lacking)
 
 def steps(folder):
     return sorted(int(path.name[5:]) for path in folder.iterdir())
+
+
+def test_what_cannot_be_deleted_has_lost_its_name_and_is_no_end_of_a_run(tmp_path, monkeypatch):
+    folder = made(tmp_path, [2, 3])
+    (folder / "step-0000002" / "file").write_text("")
+
+    def refuse(*_args, **_named):
+        raise OSError(16, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, refuse)
+        (tmp_path / ".tmp-state.json-1").rename(tmp_path / "elsewhere")
+        checkpoint.prune(folder, 1, 0)
+    assert checkpoint.newest(folder).name == "step-0000003" and not (folder / "step-0000002").exists()
 
 
 def made(folder, numbers):
@@ -177,6 +198,11 @@ def test_the_newest_checkpoints_are_kept_and_every_so_many_for_good_and_nothing_
     assert steps(tmp_path) == left
 
 
+def test_a_checkpoint_of_millions_of_steps_is_kept_for_good_as_any(tmp_path):
+    checkpoint.prune(made(tmp_path, [1_000_004, 1_000_005, 1_000_006, 1_000_007]), 1, 5)
+    assert steps(tmp_path) == [1_000_005, 1_000_007]
+
+
 def test_the_newest_checkpoint_is_that_of_the_latest_step_and_a_folder_that_has_its_name(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     made(tmp_path, [9, 100, 20])
@@ -200,8 +226,10 @@ def test_law_14_what_lies_behind_a_checkpoint_is_skipped_as_it_was(tmp_path, ski
 def test_law_14_a_run_of_before_there_was_skipping_skipped_nothing(tmp_path):
     origin = ORIGIN | {"train": {"keep": 0.6}}
     checkpoint.refuse_changes(tmp_path, State(7, 5, 1, 1, origin), ORIGIN | {"train": {"keep": 0.6, "skip": [[5, 9]]}})
-    with pytest.raises(UserError, match=r"base\.config\.json: '1' stored, '2' now"):
-        checkpoint.refuse_changes(tmp_path, State(7, 5, 1, 1, origin), origin | {"base": {"config.json": "2"}})
+    changed = {"base": {"config.json": "2"}, "train": {"keep": 0.7}}
+    wanted = r"\n  base\.config\.json: '1' stored, '2' now\n  train\.keep: 0\.6 stored, 0\.7 now; restore"
+    with pytest.raises(UserError, match=wanted):
+        checkpoint.refuse_changes(tmp_path, State(7, 5, 1, 1, origin), origin | changed)
 
 
 class Written:

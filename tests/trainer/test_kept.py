@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from schemas import product
@@ -13,7 +13,7 @@ from schemas.forward import decoder_layers
 from schemas.probe import prove
 from tests.trainer import test_live
 from tests.trainer.test_live import WINDOWS, batch_of_windows, choose_some
-from trainer.kept import carry_kept
+from trainer.kept import KeptRows, _multiply, carry_kept
 from trainer.live import Live, parallelize, recompute
 
 
@@ -136,5 +136,47 @@ def test_a_model_without_plain_linear_layers_is_refused():
         GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=40)).eval(), torch.float32, 16, "base"
     )
     assert decoder_layers(model.module)
-    with pytest.raises(UserError, match=r"train\.backward: kept: GPT2LMHeadModel has no plain linear layers"):
+    with pytest.raises(
+        UserError, match=r"train\.backward: kept: GPT2LMHeadModel has no plain linear layers; set it to full"
+    ):
         carry_kept(model.module)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [None, 6])
+def test_a_layer_with_a_bias_goes_back_as_if_dropped_rows_had_no_gradient_and_forward_as_ever(compute, count):
+    torch.manual_seed(4)
+    layer, rows, upper = torch.nn.Linear(5, 7), torch.randn(2, 8, 5, requires_grad=True), torch.randn(2, 8, 7)
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[0, [1, 2, 7]] = mask[1, [0, 3, 4]] = True
+    plain = linear(rows, layer.weight, layer.bias)
+    wanted = torch.autograd.grad(plain, (rows, *layer.parameters()), upper * mask[..., None])
+    kept = KeptRows()
+    with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+        found = _multiply(kept, rows, layer.weight, layer.bias)
+        with torch.no_grad():
+            assert torch.equal(found, _multiply(kept, rows, layer.weight, layer.bias))
+    assert found.dtype == compute
+    kept.set(mask, count)
+    close = {"rtol": 1e-5, "atol": 1e-6} if compute == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(found.float(), plain, **close)
+    gradients = torch.autograd.grad(found, (rows, *layer.parameters()), upper.to(compute))
+    for gradient, one in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, one, **close)
+    assert not gradients[0][~mask].any()
+
+
+def test_rows_that_are_not_a_batchs_go_back_whole_and_what_needs_no_gradient_gets_none():
+    layer, rows, kept = torch.nn.Linear(5, 7), torch.randn(3, 5), KeptRows()
+    kept.set(torch.tensor([[True, False, False, True]]), None)  # of four tokens; these are the three of an expert
+    upper = torch.randn(3, 7)
+    wanted = torch.autograd.grad(linear(rows, layer.weight, layer.bias), layer.parameters(), upper)
+    layer.weight.requires_grad_(True)
+    found = torch.autograd.grad(_multiply(kept, rows, layer.weight, layer.bias), layer.parameters(), upper)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    layer.requires_grad_(False)
+    rows.requires_grad_(True)
+    _multiply(kept, rows, layer.weight, None).backward(upper)
+    torch.testing.assert_close(rows.grad, upper @ layer.weight)
+    assert layer.weight.grad is None and layer.bias.grad is None

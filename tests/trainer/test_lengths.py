@@ -1,47 +1,15 @@
 """The index of lengths: the same on any number of ranks, each group read by one of them, and never another dataset's."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
-import torch
 import xxhash
 
+from tests.trainer.threads import on_threads
 from trainer.lengths import NAME, indexed
-from trainer.ranks import ALONE, Ranks
+from trainer.ranks import ALONE
 
 SIZES = np.array([3, 1, 4, 2, 5])
 COUNTS = np.stack([np.arange(15) * 7 + 1, np.arange(15) * 3])
-
-
-def on_threads(world, work):
-    """What `work(ranks)` gives on each of so many ranks: threads, whose collectives are these few lines."""
-    barrier, said = threading.Barrier(world, timeout=60), {}
-
-    class Meeting(Ranks):
-        def every(self, value):
-            said[self.rank] = value
-            barrier.wait()
-            found = [said[rank] for rank in range(world)]
-            barrier.wait()
-            return found
-
-        def gather(self, values):
-            return torch.stack(self.every(values))
-
-        def greatest(self, value):
-            return max(self.every(value))
-
-    def go(rank):
-        try:
-            return work(Meeting(rank, world, torch.device("cpu")))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(go, range(world)))
 
 
 class Shards:

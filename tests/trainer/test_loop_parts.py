@@ -1,203 +1,45 @@
-"""The parts of the loop by themselves: one optimizer step against plain PyTorch, how long a run is, what it remembers."""
+"""The loop and its parts by themselves: how long a run is, what it remembers, when it looks, saves and ends."""
 
-import functools
+import json
 import os
 import signal
 import threading
 from dataclasses import replace
-from pathlib import Path
+from importlib.metadata import version
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import trainer.loop
-from schemas.batch import IGNORE, collate
-from schemas.config import Context, Train
 from schemas.errors import UserError
-from tests.trainer.made import made, window
-from tests.trainer.test_live import opened
-from trainer.ahead import Placed
+from schemas.fingerprint import model_fingerprint, tokenizer_fingerprint
+from schemas.forward import decoder_layers
+from schemas.models import open_tokenizer
+from tests.trainer.made import made
+from tests.trainer.test_optimize import START, Two, run_of
 from trainer.checkpoint import State
-from trainer.live import Live
-from trainer.loop import Diverged, Run, Stop, advance, evaluate, figures, found, geometry_of, optimize, progress, save
+from trainer.loop import (
+    FREE_SETTINGS,
+    Stop,
+    Stopped,
+    advance,
+    build,
+    evaluate,
+    figures,
+    found,
+    geometry_of,
+    loop,
+    origin_of,
+    progress,
+    save,
+)
 from trainer.mixture import Mixture
+from trainer.parts import Snapshot, own
 from trainer.ranks import ALONE, Ranks
-from trainer.stream import MicroBatch, Step
-
-RATE = 0.25
-START = State(0, 0, 0, 0, {})
-LENGTHS = [[9, 5, 11], [7, 9, 3]]  # windows of two micro-batches of two rows
-
-
-def step_of(lengths=LENGTHS):
-    """A step and its windows; ref_loss stands where each token is predicted."""
-    rng, micros, windows = np.random.default_rng(2), [], []
-    for own in lengths:
-        every = [replace(window(rng, length), tokens=rng.integers(2, 40, length)) for length in own]
-        batch = collate([one.tokens for one in every], [[0, 1], [2]], 16)
-        columns = {"ref_loss": batch.spread([one.ref_loss for one in every])}
-        placed = [Placed(0, key, one) for key, one in enumerate(every)]
-        micros.append(MicroBatch(batch, columns, [length - 1 for length in own], placed))
-        windows += every
-    return Step(micros, position=6, tokens=sum(map(sum, lengths)), padding=0.25), windows
-
-
-def run_of(ranks=ALONE, evaluate=None, source=None, base=Path(), **fields):
-    fields = {"output": Path("x"), "epochs": 1, "dtype": "float32", "clip": 1e9, **fields}
-    return Run(Train(**fields), Context(window=64), base, source or made([5] * 12), None, ranks, evaluate)
-
-
-the_model = functools.cache(opened)  # to prove a model takes longer than a step of it
-
-
-def taken(run, state=START):
-    """The weights' way in one step of plain gradient descent, and the row."""
-    live = Live(the_model())
-    before = {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
-    row = optimize(live, torch.optim.SGD(live.parameters(), lr=99.0), step_of()[0], run, state, RATE)
-    assert all(parameter.grad is None for parameter in live.parameters())
-    ways = {name: tensor - before[name] for name, tensor in live.model.state_dict().items()}
-    live.model.load_state_dict(before)
-    return ways, row
-
-
-def plainly(kept):
-    """Gradients of the mean loss of the tokens that `kept(losses, window)` says, each window run alone."""
-    model, chosen = the_model().module, []
-    for one in step_of()[1]:
-        tokens = torch.from_numpy(one.tokens)
-        losses = cross_entropy(model(input_ids=tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
-        chosen.append(losses[kept(losses.detach(), one)])
-    every = torch.cat(chosen)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(every.mean(), parameters), strict=True)), every.detach()
-
-
-def best_half(losses, one):
-    """The half of a window with the lowest reference losses, the earlier of equals."""
-    order = np.argsort(one.ref_loss[1:], kind="stable")
-    return torch.tensor(sorted(order[: round(0.5 * len(order))]))
-
-
-CASES = {
-    "clm": ({"objective": "clm"}, lambda losses, one: torch.arange(len(losses))),
-    "by window": ({"objective": "self-ref-loss", "scope": "sequence", "keep": 0.5}, best_half),
-}
-
-
-@pytest.mark.parametrize("clip", [1e9, 0.01])
-@pytest.mark.parametrize(("fields", "kept"), CASES.values(), ids=CASES)
-def test_a_step_goes_down_the_clipped_gradient_of_the_mean_over_all_that_it_selects(fields, kept, clip):
-    gradients, chosen = plainly(kept)
-    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
-    ways, row = taken(run_of(**fields, clip=clip))
-    for name, gradient in gradients.items():
-        wanted = -RATE * gradient * min(1.0, clip / float(norm))
-        torch.testing.assert_close(ways[name], wanted, rtol=1e-3, atol=1e-6, msg=name)
-    assert row["selected"] == len(chosen) and row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
-    assert row["loss_kept"] == pytest.approx(float(chosen.mean()), rel=1e-5)
-
-
-def test_a_step_of_one_token_is_that_tokens_own_and_one_of_none_moves_nothing():
-    fields, every = {"objective": "self-ref-loss"}, sum(map(sum, LENGTHS)) - 6
-    lowest = min(float(loss) for one in step_of()[1] for loss in one.ref_loss[1:])
-    gradients, chosen = plainly(lambda losses, one: torch.from_numpy(one.ref_loss[1:] == np.float16(lowest)))
-    ways, row = taken(run_of(**fields, scope="step", keep=1 / every))
-    assert row["selected"] == len(chosen) == 1
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(ways[name], -RATE * gradient, rtol=1e-3, atol=1e-6, msg=name)
-    for scope in ("step", "micro"):
-        ways, row = taken(run_of(**fields, scope=scope, keep=0.1 / every))
-        assert row["selected"] == 0 and not any(way.any() for way in ways.values())
-
-
-def test_a_spike_is_told_with_its_windows_and_taken_unless_it_is_asked_to_be_skipped():
-    quiet = State(40, 0, 0, 0, {}, norms=[1e-3] * 16)
-    for fields, moves in (({}, True), ({"skip_spikes": 9.0}, False)):
-        ways, row = taken(run_of(**fields), quiet)
-        assert len(row["spike"]) == 5 and any(way.any() for way in ways.values()) is moves
-    assert "spike" not in taken(run_of(skip_spikes=9.0))[1]
-    norm = taken(run_of())[1]["grad_norm"]
-    between = State(40, 0, 0, 0, {}, norms=[norm / 7] * 16)  # over five times the median, which is loud, not nine
-    assert "spike" in taken(run_of(), between)[1] and "spike" not in taken(run_of(skip_spikes=9.0), between)[1]
-
-
-@pytest.mark.parametrize("what", ["a loss", "the gradient alone"])
-def test_a_step_that_is_not_finite_is_refused_by_its_number_before_any_weight_moves(monkeypatch, what):
-    seen = []
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: seen.append("step"))
-    real = Live.forward
-
-    def forward(live, batch, choose, count=None):
-        judged = real(live, batch, choose, count)
-        if what == "a loss":
-            judged.losses[0, 0] = torch.inf
-        else:
-            judged.loss_sum.register_hook(lambda gradient: gradient * torch.inf)
-        return judged
-
-    monkeypatch.setattr(Live, "forward", forward)
-    with pytest.raises(Diverged, match=r"x: loss or gradient is not finite at step 8; its worst windows: # \(row"):
-        taken(run_of(), State(7, 0, 0, 0, {}))
-    assert not seen
-
-
-def seeds_of(monkeypatch, ranks=ALONE, seed=0, step=0, **fields):
-    seen = []
-    monkeypatch.setattr(torch, "manual_seed", seen.append)
-    optimize(FakeLive(), torch.optim.SGD([nn.Parameter(torch.zeros(1))]), step_of()[0],
-             run_of(ranks, seed=seed, **fields), State(step, 0, 0, 0, {}), RATE)  # fmt: skip
-    monkeypatch.undo()
-    return seen
-
-
-class FakeLive(nn.Module):
-    """Losses of 1 everywhere; notes when gradients are asked to be added up over copies."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.asked = nn.Parameter(torch.ones(1)), []
-
-    def set_requires_all_reduce(self, on):
-        self.asked.append(on)
-
-    def forward(self, batch, choose, count=None):
-        losses = torch.where(batch.targets == IGNORE, torch.nan, 1.0)
-        mask = choose(losses)
-        return SimpleNamespace(loss_sum=(self.weight * mask).sum(), losses=losses, mask=mask)
-
-
-class Two(Ranks):
-    """One of two ranks that hold the same."""
-
-    def sum(self, values):
-        return values * 2
-
-    def least(self, values):
-        return values
-
-    def every(self, value, group=None):
-        return [value, value]
-
-
-def test_dropout_is_drawn_anew_each_step_on_each_rank_by_each_seed_and_the_same_for_choice_and_training(monkeypatch):
-    two = [Two(rank, 2, torch.device("cpu")) for rank in range(2)]
-    cases = [(two[rank], seed, step) for rank in range(2) for seed in range(2) for step in range(3)]
-    seeds = [seeds_of(monkeypatch, ranks, seed, step) for ranks, seed, step in cases]
-    assert all(len(seen) == 2 and seen[0] == seen[1] for seen in seeds)
-    assert len({seen[0] for seen in seeds}) == len(cases) and all(isinstance(seen[0], int) for seen in seeds)
-
-
-def test_gradients_are_added_up_over_copies_once_a_step_at_its_last_micro_batch():
-    live = FakeLive()
-    two = Two(0, 2, torch.device("cpu"))
-    optimizer = torch.optim.SGD(live.parameters())
-    optimize(live, optimizer, step_of([*LENGTHS, LENGTHS[0]])[0], run_of(two), START, RATE)
-    assert live.asked == [False, False, True]
+from trainer.stream import Step
 
 
 @pytest.mark.parametrize(
@@ -345,3 +187,176 @@ def test_a_run_goes_on_from_its_final_model_else_its_newest_checkpoint_else_from
         assert state == replace(stored, origin=origin, names={"base": "now"})
     with pytest.raises(UserError, match=r"final: cannot go on .*\n  a: 1 stored, 2 now"):
         found(run, origin | {"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranked"),
+    [({"objective": "slm"}, 8), ({"objective": "slm", "scope": "step"}, None), ({"objective": "clm"}, None)],
+)
+def test_law_14_a_run_is_made_of_its_base_data_context_versions_and_every_setting_that_is_not_free(
+    tiny_model, fields, ranked
+):
+    two = Ranks(0, 2, torch.device("cpu"))
+    run = run_of(two, base=tiny_model, tokens_per_step=8 * 64, micro_rows=4, **fields)
+    origin = origin_of(run)
+    assert origin["base"] == model_fingerprint(tiny_model) and origin["dataset"] == "made"
+    assert origin["tokenizer"] is None and origin["context"] == {"window": 64, "bos": True, "eos": True}
+    told = run.config.model_dump(mode="json")
+    wanted = {name: told[name] for name in told if name not in FREE_SETTINGS}
+    assert origin["train"] == wanted | ({"micro_rows x ranks": ranked} if ranked else {})
+    assert origin["versions"] == {name: version(name) for name in ("torch", "transformers", "numpy")}
+    tokenizer = open_tokenizer(tiny_model, "base")
+    assert origin_of(replace(run, tokenizer=tokenizer))["tokenizer"] == tokenizer_fingerprint(tokenizer)
+    assert json.loads(json.dumps(origin)) == origin  # it is compared after it was stored
+
+
+def test_the_live_model_is_built_as_the_settings_say_and_goes_on_from_what_was_saved(tiny_model, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(trainer.loop, "compile_live", compiled.append)
+    live, optimizer = build(run_of(base=tiny_model, learning_rate=0.5, betas=(0.1, 0.2)), None)
+    assert (live.opened.compute, live.kept, compiled) == (torch.float32, None, [])
+    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in decoder_layers(live.model))
+    assert optimizer.param_groups[0]["lr"] == 0.5 and optimizer.param_groups[0]["betas"] == (0.1, 0.2)
+    stored = load_file(tiny_model / "model.safetensors")
+    parameters = dict(live.model.named_parameters())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in stored.items() if name in parameters)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1.0)
+    snapshot = Snapshot()
+    snapshot.take(own(live, optimizer, first=True))
+    snapshot.write(tmp_path / "rank-00000.safetensors")
+    again, _ = build(run_of(base=tiny_model, dtype="bfloat16", compile=True), tmp_path)
+    assert again.opened.compute == torch.bfloat16 and compiled == [again] and again.kept is None
+    assert build(run_of(base=tiny_model, backward="kept"), None)[0].kept is not None
+    for name, parameter in again.model.named_parameters():
+        assert torch.equal(parameter, parameters[name]) and parameter.dtype == torch.float32
+
+
+@pytest.mark.parametrize("way", ["none", "selective", "full"])
+def test_layers_run_again_in_the_way_that_is_asked_for(tiny_model, monkeypatch, way):
+    asked = []
+    monkeypatch.setattr(trainer.loop, "recompute", lambda module, how: asked.append((type(module).__name__, how)))
+    build(run_of(base=tiny_model, recompute=way), None)
+    assert asked == ([] if way == "none" else [("LlamaForCausalLM", way)])
+
+
+def test_the_base_is_opened_for_the_window_the_device_and_the_dropout_of_the_run(tiny_model, monkeypatch):
+    asked, real = [], trainer.loop.open_model
+    monkeypatch.setattr(
+        trainer.loop, "open_model", lambda *given, **named: asked.append((given, named)) or real(*given, **named)
+    )
+    build(run_of(base=tiny_model, dropout=True), None)
+    named = {"compute": torch.float32, "device": torch.device("cpu"), "dropout": True}
+    assert asked == [((tiny_model, "base", 64), named)]
+
+
+class Ticking:
+    """A clock that half a second passes between two looks at."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 0.5
+        return self.now
+
+
+def gone_through(monkeypatch, state=START, ask=lambda step: 0, failed=lambda step: 0, log=True, spike=None, **fields):
+    """Events of a loop of four steps of three windows each, whose steps are not computed, and the state it ends with."""
+    events, asked, log = [], SimpleNamespace(status=0), Rows() if log else None
+    saver = SimpleNamespace(last=state.step, failed=0, save=lambda state: events.append(("save", state.step)),
+                            wait=lambda: events.append("written"))  # fmt: skip
+
+    def step_taken(live, optimizer, step, run, state, rate):
+        events.append(("step", state.step, step.position, round(rate, 9)))
+        asked.status, saver.failed = ask(state.step + 1), failed(state.step + 1)
+        found = {"selected": 7.0, "grad_norm": 2.5, "loss_all": 3.0}
+        return found | ({"spike": ["w"]} if spike == state.step else {})
+
+    def flops(tokens, selected, carried):
+        return 1000 * tokens + 10 * selected + carried
+
+    def look(live):
+        events.append("look")
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(trainer.loop, "optimize", step_taken)
+    monkeypatch.setattr(trainer.loop, "matmul_peak", lambda compute, device: 100.0)
+    monkeypatch.setattr(trainer.loop.Weights, "of", lambda model: SimpleNamespace(step_flops=flops))
+    monkeypatch.setattr(trainer.loop, "time", Ticking())
+    if log:
+        log.sync = lambda: events.append("rows")
+    fields = {"checkpoint_every": 99, "learning_rate": 0.8, "schedule": "constant", "warmup": 0.0, **fields}
+    run = replace(run_of(Two(0, 2, torch.device("cpu")), look, tokens_per_step=128, **fields),
+                  report=lambda row, done: events.append(("report", row["step"], round(done, 9))))  # fmt: skip
+    stream = iter([Step([], position, 20, 0.5) for position in range(state.position + 3, 99, 3)])
+    live = SimpleNamespace(model=nn.Linear(1, 1), opened=SimpleNamespace(compute=torch.float32))
+    profiler = SimpleNamespace(at=lambda step: events.append(("profile", step)))
+    monkeypatch.setattr(Two, "greatest", lambda self, value: value, raising=False)
+    try:
+        end = loop(run, live, None, stream, geometry_of(run), state, log, asked, saver, profiler)
+    except Stopped as stopped:
+        end = stopped
+    return events, end, log.rows if log else None
+
+
+def test_the_loop_ends_with_the_run_and_each_step_is_profiled_taken_and_reported(monkeypatch):
+    events, end, rows = gone_through(monkeypatch)
+    assert events == [
+        event
+        for step in range(1, 5)
+        for event in (("profile", step), ("step", step - 1, 3 * step, 0.8), ("report", step, step / 4))
+    ]
+    assert end == State(4, 12, 80, 28, {}, norms=[2.5] * 4)
+    assert [(kind, step) for kind, step, _ in rows] == [("train", step) for step in range(1, 5)]
+    told = rows[1][2]
+    assert told.pop("peak_memory") and told == {
+        "grad_norm": 2.5, "loss_all": 3.0, "tokens_seen": 40, "tokens_selected": 14, "position": 6,
+        "learning_rate": 0.8, "tokens_per_second": 20.0, "data_wait": 0.5, "padding": 0.5, "epoch": 0,
+        "mfu": (20_000 + 70 + 20) / 200,
+    }  # fmt: skip
+    kept = gone_through(monkeypatch, backward="kept")[2]
+    assert kept[1][2]["mfu"] == (20_000 + 70 + 7) / 200
+
+
+def test_a_run_that_goes_on_ends_where_it_would_have_and_a_finished_one_takes_no_step(monkeypatch):
+    events, end, _ = gone_through(monkeypatch, State(2, 6, 40, 14, {}), log=False)
+    assert [event[1] for event in events if event[0] == "step"] == [2, 3] and end.position == 12
+    assert gone_through(monkeypatch, State(4, 12, 80, 28, {}))[0] == []
+
+
+def test_the_rate_of_a_step_is_that_of_its_middle(monkeypatch):
+    events, *_ = gone_through(monkeypatch, schedule="wsd", decay=1.0)
+    assert [event[3] for event in events if event[0] == "step"] == [
+        pytest.approx(0.8 * (1 - m / 8)) for m in (1, 3, 5, 7)
+    ]
+    events, *_ = gone_through(monkeypatch, schedule="wsd", decay=1.0, epochs=None, tokens=512)
+    assert [event[3] for event in events if event[0] == "step"] == [
+        pytest.approx(0.8 * (1 - m / 8)) for m in (1, 3, 5, 7)
+    ]
+
+
+def test_held_out_text_is_looked_at_and_checkpoints_are_saved_every_so_many_steps(monkeypatch):
+    events, *_ = gone_through(monkeypatch, evaluate_every=2, checkpoint_every=3)
+    for unwanted in ("profile", "report"):
+        events = [event for event in events if event[0] != unwanted]
+    assert [event if isinstance(event, str) or event[0] == "save" else event[0] for event in events] == [
+        "step", "step", "look", "step", "rows", ("save", 3), "step", "look"
+    ]  # fmt: skip
+
+
+def test_a_spike_is_written_down_with_its_windows_and_whether_it_was_skipped(monkeypatch):
+    for fields, skipped in (({}, False), ({"skip_spikes": 3.0}, True)):
+        rows = gone_through(monkeypatch, spike=1, **fields)[2]
+        assert [row for row in rows if row[0] == "spike"] == [
+            ("spike", 2, {"grad_norm": 2.5, "skipped": skipped, "windows": ["w"]})
+        ]
+        assert all("spike" not in row for _, _, row in rows) and [row[1] for row in rows] == [1, 2, 2, 3, 4]
+    gone_through(monkeypatch, spike=1, log=False)
+
+
+def test_a_run_that_is_stopped_saves_its_step_and_says_so_when_it_is_written(monkeypatch):
+    events, stopped, _ = gone_through(monkeypatch, ask=lambda step: 143 * (step == 3))
+    assert (stopped.code, stopped.step) == (143, 3) and events[-3:] == ["rows", ("save", 3), "written"]
+    events, stopped, _ = gone_through(monkeypatch, failed=lambda step: step == 2)
+    assert stopped.step == 2 and events[-1] == "written"

@@ -14,6 +14,7 @@ from schemas.errors import UserError
 from tests.trainer.made import made, spread_out
 from trainer.data import ordered
 from trainer.mixture import Mixture
+from trainer.ranks import ALONE
 from trainer.stream import Geometry, Order, steps
 
 
@@ -164,5 +165,64 @@ def test_the_fingerprint_knows_parts_weights_and_their_order():
 
 def test_columns_are_what_all_parts_have_and_an_empty_part_is_refused():
     assert Mixture([sources()[0], made([5], columns=())], [1, 1]).columns == set()
-    with pytest.raises(UserError, match=r"train\.mixture: a dataset holds no windows"):
+    with pytest.raises(UserError, match=r"train\.mixture: a dataset holds no windows; look at them"):
         Mixture([sources()[0], made([])], [1, 1])
+
+
+def test_a_mixture_is_known_by_all_that_its_parts_are_known_by(mixture):
+    parts = mixture.sources
+    for number, part in enumerate(parts):
+        part.scored_by, part.made_of, part.asked = frozenset({f"model {number}"}), frozenset({f"web {number}"}), []
+        part.counted = part.counted - number  # as of conversations: fewer than all but the first
+        part.index = part.asked.append
+    parts[1].conversations = True
+    again = Mixture(parts, WEIGHTS)
+    assert again.tokens == sum(part.tokens for part in parts)
+    assert again.scored_by == {"model 0", "model 1", "model 2"} and again.made_of == {"web 0", "web 1", "web 2"}
+    assert again.conversations and not Mixture([parts[0], parts[2]], [1, 1]).conversations
+    again.index(ALONE)
+    assert [part.asked for part in parts] == [[ALONE]] * 3
+    assert again.lengths.tolist() == [length for part in parts for length in part.lengths.tolist()]
+    counted = np.concatenate([part.counted for part in parts])
+    keys = np.random.default_rng(0).permutation(len(counted))[:50]
+    assert again.valid(keys).tolist() == counted[keys].tolist()
+    edges = np.array([0, 39, 40, 64, 65, 71])
+    assert again.valid(edges).tolist() == counted[edges].tolist()
+
+
+def test_windows_and_columns_are_asked_of_the_part_that_has_them(mixture):
+    asked = []
+    for number, part in enumerate(mixture.sources):
+        part.read = lambda *call, number=number: asked.append((number, *call))
+    for group in (0, 13, 14, 22, 23, 25):  # of 14, 9 and 3
+        mixture.read(group, [1], {"ref_loss"})
+    assert asked == [(n, g, [1], {"ref_loss"}) for n, g in ((0, 0), (0, 13), (1, 0), (1, 8), (2, 0), (2, 2))]
+
+
+@pytest.mark.parametrize("shuffle_groups", [1, 2, 5])
+def test_a_block_of_any_part_lies_within_so_many_windows_of_the_order_and_hardly_fewer(shuffle_groups):
+    parts = [lettered(1, [30] * 42), lettered(2, [9] * 24), lettered(3, [50] * 9)]
+    mixture = Mixture(parts, WEIGHTS)
+    ends, spans, order = np.cumsum(mixture.group_sizes), {}, mixture.ordered(5, shuffle_groups, 0)
+    for place, item in enumerate(itertools.islice(spread_out(mixture, order), 3000)):
+        group = item.epoch, int(np.searchsorted(ends, item.key, side="right"))
+        first, _ = spans.setdefault(group, (place, place))
+        spans[group] = (first, place)
+    longest = max(last - first + 1 for first, last in spans.values())
+    between = (6 / 30 + 3 / 9 + 1 / 50) * 50  # windows of the order from one of the rarest part to the next
+    assert longest <= mixture.block(shuffle_groups) <= longest + between + 3
+    assert Mixture(parts[:1], [2]).block(shuffle_groups) == 3 * shuffle_groups + 1
+
+
+def test_of_windows_due_at_the_same_time_the_earlier_parts_come_first():
+    parts = [lettered(letter, [5] * 4) for letter in (1, 2, 3)]
+    placed = placed_from(Mixture(parts, [1, 1, 1]), 0, 0, 9)
+    assert [int(item.window.tokens[0]) for item in placed] == [1, 2, 3] * 3
+    assert [Mixture(parts, [1, 1, 1]).drawn(position) for position in range(5)] == [
+        [0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [2, 1, 1]
+    ]  # fmt: skip
+    two = Mixture(parts[:2], [2, 1])  # the example of its docstring
+    assert "".join("ab"[int(item.window.tokens[0]) - 1] for item in placed_from(two, 0, 0, 8)) == "abaabaab"
+    # A window of twice the tokens comes half as often for the same weight.
+    longer = Mixture([parts[0], lettered(2, [10] * 4)], [1, 1])
+    assert longer.drawn(300) == [200, 100]

@@ -10,6 +10,7 @@ import pytest
 from schemas.errors import UserError
 from tests.trainer.conftest import read_rows
 from trainer.data import ScoreShards
+from trainer.ranks import ALONE
 from trainer.references import References
 
 
@@ -99,3 +100,41 @@ def test_row_groups_are_matched_by_their_input_wherever_they_stand(both):
     for group in range(len(one.group_sizes)):
         for left, right in zip(one.read(group), other.read(group), strict=True):
             np.testing.assert_array_equal(left.ref_loss, right.ref_loss)
+
+
+def test_references_are_the_first_ones_windows_with_the_names_of_all_that_scored_them(both):
+    joined, first = References(both), both[0]
+    assert joined.group_sizes is first.group_sizes and joined.conversations is first.conversations is False
+    assert joined.scored_by == both[0].scored_by | both[1].scored_by and len(joined.scored_by) == 2
+    assert joined.made_of == first.made_of and np.array_equal(joined.lengths, first.lengths)
+    keys = np.array([3, 0, 7])
+    assert joined.valid(keys).tolist() == (first.lengths[keys] - 1).tolist()
+    asked = []
+    first.index = asked.append
+    joined.index(ALONE)
+    assert asked == [ALONE]
+    both[0].columns = both[1].columns | {"ref_entropy"}
+    assert References(both).columns == both[1].columns and References(both[:1]).columns == both[0].columns
+
+
+def test_rows_and_columns_are_asked_of_every_reference_and_both_scores_are_means(scores, both):
+    again = ScoreShards(scores.score.output)  # with entropies
+    real, asked = again.read, []
+    again.read = lambda *call: (
+        asked.append(call) or [replace(window, ref_entropy=window.ref_entropy + 1) for window in real(*call)]
+    )
+    joined = References([both[0], again])
+    (found, other) = joined.read(0, [1, 0], ["ref_entropy"])
+    one = both[0].read(0)
+    assert asked == [(0, [1, 0], ["ref_entropy"])] and found.ref_loss is None and found.ref_entropy.dtype == np.float32
+    for window, plain in ((found, one[1]), (other, one[0])):
+        assert window.tokens.tolist() == plain.tokens.tolist()
+        np.testing.assert_allclose(window.ref_entropy, plain.ref_entropy.astype(np.float32) + 0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("changed", [{"doc_id": "another"}, {"index": 9}])
+def test_another_document_or_window_of_the_same_tokens_is_refused_by_name(both, changed):
+    joined, real = References(both), both[1].read
+    both[1].read = lambda *call: [replace(window, **changed) for window in real(*call)]
+    with pytest.raises(UserError, match=rf"holds document .*{next(iter(changed.values()))}.*; score the same corpus"):
+        joined.read(0)

@@ -52,6 +52,31 @@ def test_windows_that_are_not_finite_come_first_then_those_of_the_greatest_mean_
     )
 
 
+class Beside(Ranks):
+    """One of two ranks; the other one's windows are these."""
+
+    def every(self, value, group=None):
+        assert len(value) <= 5
+        return [value, [OTHER | {"loss": loss} for loss in (None, 5.0, 0.5, 0.25)]]
+
+
+OTHER = {"doc_id": "of the other rank", "row": 1, "window": 2}
+
+
+def test_the_worst_windows_are_those_of_all_ranks_and_a_window_in_which_nothing_counts_is_none_of_them(scores):
+    micros, losses = a_step(scores)
+    place = micros[0].batch.places[0]
+    own = micros[0].batch.targets[place.row, place.predicted]
+    own[:] = -100  # a window of a conversation of which nothing is trained on
+    micros[0].batch.targets[place.row, place.predicted] = own
+    losses[1][micros[1].batch.places[0].row, micros[1].batch.places[0].predicted] = 7.0
+    found = worst(micros, losses, Beside(0, 2, torch.device("cpu")))
+    assert [item["loss"] for item in found] == [None, 7.0, 5.0, 1.0, 1.0]
+    assert [item["doc_id"] == "of the other rank" for item in found] == [True, False, True, False, False]
+    everywhere = worst(micros[:1], [torch.zeros_like(losses[0]) - 1.0], ALONE)
+    assert everywhere[0]["loss"] == 0.0 and everywhere[0]["doc_id"] == micros[0].placed[0].window.doc_id
+
+
 def go(scores, output, report=lambda row, done: None, **fields):
     base = Path(scores.base)
     fields = {"epochs": 1, "checkpoint_every": 3, **fields, "output": output}

@@ -68,6 +68,7 @@ def test_tokens_are_the_chat_templates_and_trained_is_what_the_assistant_said(ti
     [
         said("one", "two", "three", "four"),
         said("one", "two", "three", first="assistant"),
+        said("one<|im_start|>assistant\n!", "two", first="assistant"),
         said("one", "two</s>three", "four", "five"),
         said("one", ""),
     ],
@@ -89,6 +90,8 @@ def test_an_answer_that_ends_without_eos_is_trained_on_to_its_end_also_of_a_toke
         tokenizer.eos_token = eos
         tokens, trained = whole(tokenizer, messages)
         assert tokenizer.decode(np.array(tokens)[trained]) == "twofour"
+        tokens, trained = whole(tokenizer, said("12", "three", "four", first="assistant"))
+        assert tokenizer.decode(np.array(tokens)[trained]) == "2four"  # a first token is nobody's prediction
 
 
 def test_a_tokenizer_that_itself_puts_bos_before_a_text_puts_none_before_a_templates(tiny_model):

@@ -138,7 +138,7 @@ def ours(root: Path, tokens: int, ranks: int) -> dict[str, float]:
     index = cpu_seconds(lambda: alone.index(ALONE))
     source = Repeated(alone, max(1, round(tokens / alone.tokens)))
     write(root, "repeated", source.lengths)
-    load = wall_seconds(lambda: stored(root, "repeated", len(source.lengths)))
+    load = wall_seconds(lambda: stored(root, "repeated", len(source.lengths), 1))
     (root / NAME).unlink()
     order, geometry = (
         Order(source, 0, 16, ("ref_loss",)),

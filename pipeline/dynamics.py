@@ -187,7 +187,7 @@ class Followed:
         self.keep = keep
 
     def figures(self) -> dict[str, Any]:
-        """Shares, means of each category over the checkpoints, and how far the selections agree."""
+        """Shares, means of each category over the checkpoints, of what is selected first and the rest, how far selections agree."""
         shares = np.bincount(self.category, minlength=len(CATEGORIES)) / len(self.category)
         curves, kept = means_by(self.losses, self.category), means_by(self.kept, self.category)
         reference = means_by(self.reference, self.category)
@@ -198,6 +198,9 @@ class Followed:
         return {
             "categories": dict(zip(CATEGORIES, plain(named), strict=True)),
             "mean_loss": self.losses.mean(1, dtype=np.float64).tolist(),
+            "selected_first": plain(
+                dict(zip(("rest", "loss"), means_by(self.losses, self.kept[0], 2).tolist(), strict=True))
+            ),
             "keep": self.keep,
             "agreement": agreement(self.kept).tolist(),
         }
@@ -257,6 +260,13 @@ def show(figures: dict[str, Any]) -> None:
             Text(name, style=f"black on {COLOURS[name]}"), f"{row['share']:.1%}", f"{row['paper']:.0%}", *loss, *kept
         )
     console.print(table)
+    models = Table("model", "step", "loss, all tokens", "selected first", "the rest")
+    of_first = figures["selected_first"]
+    for point, *losses in zip(points, figures["mean_loss"], of_first["loss"], of_first["rest"], strict=True):
+        name = Path(point["model"])
+        cells = ["-" if loss is None else f"{loss:.2f}" for loss in losses]
+        models.add_row(printable(f"{name.parent.name}/{name.name}"), f"{point['step']:,}", *cells)
+    console.print(models)
     agree = figures["agreement"]
     console.print(
         f"{figures['tokens']:,} tokens of {figures['sample']}, through {len(points)} models; losses in nats. Of the"

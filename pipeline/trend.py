@@ -32,9 +32,9 @@ def categories(losses: np.ndarray) -> np.ndarray:
     return np.where(change < -LEAST_CHANGE, CATEGORIES.index("H→L"), moved).astype(np.int8)
 
 
-def means_by(values: np.ndarray, category: np.ndarray) -> np.ndarray:
-    """Means of `values` [..., tokens] over the tokens of each category: [categories, ...]; NaN for one without tokens."""
-    groups = [values[..., category == number] for number in range(len(CATEGORIES))]
+def means_by(values: np.ndarray, category: np.ndarray, count: int = len(CATEGORIES)) -> np.ndarray:
+    """Means of `values` [..., tokens] over the tokens of each of `count` categories: [count, ...]; NaN for one without tokens."""
+    groups = [values[..., category == number] for number in range(count)]
     empty = np.full(values.shape[:-1], np.nan)
     return np.stack([group.mean(-1, dtype=np.float64) if group.shape[-1] else empty for group in groups])
 

@@ -27,9 +27,7 @@ def installed(packages: Iterable[str], python: Path | None = None) -> dict[str, 
     if python is None:
         return {name: found for name in packages if (found := _version(name))}
     try:
-        done = subprocess.run(
-            [str(python), "-c", ASK, *packages], capture_output=True, text=True, timeout=ASK_SECONDS, check=True
-        )
+        done = subprocess.run([str(python), "-c", ASK, *packages], capture_output=True, timeout=ASK_SECONDS, check=True)
         return json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise UserError(

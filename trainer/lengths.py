@@ -57,7 +57,7 @@ def write(root: Place, fingerprint: str, counts: np.ndarray) -> None:
     open_store(root).put(NAME, _digest(fingerprint, content) + content)
 
 
-def stored(root: Place, fingerprint: str, windows: int, kinds: int = 1) -> np.ndarray | None:
+def stored(root: Place, fingerprint: str, windows: int, kinds: int) -> np.ndarray | None:
     """What is stored, int32 [kinds, windows]; None if it is damaged, or of another dataset."""
     try:
         content = (root / NAME).read_bytes()

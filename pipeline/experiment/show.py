@@ -32,7 +32,9 @@ def print_plan(experiment: Experiment, base: Path) -> None:
 def print_summary(experiment: Experiment, base: Path) -> None:
     """Write the results' files and print the summary."""
     work = Work(experiment, base)
-    table = Table("arm", "chosen on validation", *COLUMNS, title="nats/token and ratios: mean (sd) over replicates")
+    table = Table(
+        "arm", "chosen on validation", "replicates", *COLUMNS, title="nats/token and ratios: mean (sd) over replicates"
+    )
     for entry in write_results(work):
         table.add_row(*cells(entry))
     console.print(table)

@@ -252,6 +252,7 @@ def cells(entry: dict[str, Any]) -> list[str]:
     return [
         entry["arm"],
         point + (" (edge)" if entry["at_edge"] else ""),
+        str(entry["test"]["n"]),
         *(cell(entry.get(key), form) for key, form in COLUMNS.values()),
     ]
 
@@ -269,15 +270,17 @@ def cell(value: dict[str, Any] | None, form: str) -> str:
 
 def markdown(experiment: Experiment, summary: Sequence[dict[str, Any]]) -> str:
     """The summary as tables of Markdown, mean and standard deviation over replicates: arms, then arms by length."""
-    text = tabled(["arm", "chosen on validation", *COLUMNS], map(cells, summary))
+    text = tabled(["arm", "chosen on validation", "replicates", *COLUMNS], map(cells, summary))
     by_length = [
-        [entry["arm"], f"{one['length']:g}", f"{one['tokens']['mean']:,.0f}", cell(one["test"], ".3f"), cell(one["difference"], "+.3f")]
+        [entry["arm"], f"{one['length']:g}", str(one["test"]["n"]), f"{one['tokens']['mean']:,.0f}", cell(one["test"], ".3f"), cell(one["difference"], "+.3f")]
         for entry in summary
         if len(entry["lengths"]) > 1 and entry["arm"] != experiment.baseline
         for one in entry["lengths"]
     ]  # fmt: skip
     return text + (
-        "\n" + tabled(["arm", "length", "tokens", "test loss", "minus baseline"], by_length) if by_length else ""
+        "\n" + tabled(["arm", "length", "replicates", "tokens", "test loss", "minus baseline"], by_length)
+        if by_length
+        else ""
     )
 
 

@@ -39,9 +39,11 @@ class Results:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """Of the arms that select by excess loss the one that is best on validation text."""
+        """Of the arms that select by excess loss the one that is best on validation text, of those judged on most replicates."""
         slm = {row["arm"] for row in self.runs if row["objective"] == "slm"}
-        found = [arm for arm in self.arms if arm["arm"] in slm]
+        own = [arm for arm in self.arms if arm["arm"] in slm]
+        most = max((arm["validation"]["n"] for arm in own), default=0)
+        found = [arm for arm in own if arm["validation"]["n"] == most]
         return min(found, key=lambda arm: arm["validation"]["mean"], default=None)
 
     def arm(self, name: str) -> dict[str, Any]:
@@ -151,8 +153,9 @@ def tuned_table(results: Results) -> str:
         point = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in arm["point"].values())
         own = arm["arm"] == results.baseline
         cells = ["-" if own and key != "test" else _cell(arm.get(key), form) for key, form in columns.values()]
-        rows.append((results.colour(arm["arm"]), (arm["arm"], point + (" (edge)" if arm["at_edge"] else ""), *cells)))
-    return table(("arm", "rate", *columns), rows)
+        told = (arm["arm"], point + (" (edge)" if arm["at_edge"] else ""), str(arm["test"]["n"]))
+        rows.append((results.colour(arm["arm"]), (*told, *cells)))
+    return table(("arm", "rate", "replicates", *columns), rows)
 
 
 def _cell(value: Mapping[str, Any] | None, form: str) -> str:

@@ -84,6 +84,8 @@ def test_the_table_and_the_figures_say_the_same(run: Config, tmp_path: Path, cap
     quota = round(run.train.keep * len(rows))
     for place in range(4):
         assert set(np.flatnonzero(kept[:, place])) == set(np.argsort(-excess[:, place], kind="stable")[:quota])
+    assert figures["selected_first"]["loss"] == pytest.approx(losses[kept[:, 0]].mean(0))
+    assert figures["selected_first"]["rest"] == pytest.approx(losses[~kept[:, 0]].mean(0))
     both = np.count_nonzero(kept[:, 0] & kept[:, 3])
     assert figures["agreement"][0][3] == pytest.approx(both / quota)
     assert "H→L" in capsys.readouterr().out

@@ -68,6 +68,7 @@ def test_tokens_are_the_chat_templates_and_trained_is_what_the_assistant_said(ti
     [
         said("one", "two", "three", "four"),
         said("one", "two", "three", first="assistant"),
+        said("one<|im_start|>assistant\n!", "two", first="assistant"),
         said("one", "two</s>three", "four", "five"),
         said("one", ""),
     ],
@@ -89,6 +90,8 @@ def test_an_answer_that_ends_without_eos_is_trained_on_to_its_end_also_of_a_toke
         tokenizer.eos_token = eos
         tokens, trained = whole(tokenizer, messages)
         assert tokenizer.decode(np.array(tokens)[trained]) == "twofour"
+        tokens, trained = whole(tokenizer, said("12", "three", "four", first="assistant"))
+        assert tokenizer.decode(np.array(tokens)[trained]) == "2four"  # a first token is nobody's prediction
 
 
 def test_a_tokenizer_that_itself_puts_bos_before_a_text_puts_none_before_a_templates(tiny_model):
@@ -123,6 +126,31 @@ def test_what_an_interpreter_wrote_is_not_trained_on(speaking, name):
     for turns in (1, 2):
         tokens, trained = whole(tokenizer, said("Add.", TRACE) * turns)
         assert re.sub(r"\s*```python", "```python", tokenizer.decode(np.array(tokens)[trained])) == learnt * turns
+
+
+PLAIN = {
+    "problem": "<s>{}Problem: Add.\nAnswer: print\n```output\n5\n```\n5.</s>\n\nProblem: More.\nAnswer: 6</s>",
+    "alpaca": "<s>{}### Instruction:\nAdd.\n\n### Response: print\n```output\n5\n```\n5.</s>\n\n### Instruction:\nMore.\n\n### Response: 6</s>",
+    "tora": "<s>{}<|user|>\nAdd.\n<|assistant|>\nprint\n```output\n5\n```\n5.</s>\n\n<|user|>\nMore.\n<|assistant|>\n6</s>",
+}
+ALPACA_BEGINS = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [True, False])
+def test_templates_in_plain_text_are_these_to_the_letter(tiny_model, name, system):
+    tokenizer = open_tokenizer(tiny_model, "base")
+    tokenizer.chat_template = TEMPLATES[name]
+    tool = [{"role": "tool", "content": " 5 "}, {"role": "assistant", "content": "5."}]
+    messages = [*said("Add.", "print"), *tool, *said(" More.\n", "6")]
+    begins = "Be brief.\n\n" if system else ALPACA_BEGINS if name == "alpaca" else ""
+    text = PLAIN[name].format(begins)
+    found = [{"role": "system", "content": "Be brief."}] * system + messages
+    assert tokenizer.apply_chat_template(found, tokenize=False) == text
+    spoken = tokenizer.apply_chat_template(said("5", "Add.", first="assistant"), tokenize=False)
+    assert spoken.startswith("<s> 5</s>" if name != "tora" else "<s>5</s>")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -32,7 +32,11 @@ def test_a_product_is_that_of_float64_of_any_shape_also_of_rows_and_weights_that
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
-def test_gradients_of_a_product_are_those_of_pytorchs_own(wanted: tuple[bool, ...]) -> None:
+def test_gradients_of_a_product_are_those_of_pytorchs_own_and_none_is_computed_that_nobody_asked_for(
+    wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact, made = product._onednn, list[int]()
+    monkeypatch.setattr(product, "_onednn", lambda *given: made.append(1) or exact(*given))
     torch.manual_seed(0)
     given = torch.randn(2, 9, 5).transpose(1, 2), torch.randn(7, 9), torch.randn(7)
     weights = torch.randn(2, 5, 7).transpose(0, 1).contiguous().transpose(0, 1)
@@ -43,6 +47,7 @@ def test_gradients_of_a_product_are_those_of_pytorchs_own(wanted: tuple[bool, ..
         gradients.append([leaf.grad for leaf in leaves])
     for one, other in zip(*gradients, strict=True):
         assert (one is None) == (other is None)
+        assert len(made) == 1 + wanted[0] + wanted[1]
         torch.testing.assert_close(one, other)
 
 
@@ -53,6 +58,30 @@ def test_other_dtypes_are_pytorchs_own() -> None:
             assert torch.equal(product.product(rows.to(dtype), weight.to(dtype)), rows.to(dtype) @ weight.to(dtype).T)
 
 
+def test_a_product_of_float32_keeps_its_factors_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_narrow_factors", None)
+    rows, weight = torch.randn(4, 64), torch.randn(5, 64)
+    exact = (rows.double() @ weight.double().T).float()
+    torch.testing.assert_close(product.project(rows, weight), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_the_dtype_of_autocast_is_what_it_computes_products_in_and_none_where_it_is_off_or_unknown() -> None:
+    cpu, weight = torch.device("cpu"), torch.randn(3, 3)
+    assert product.autocast_dtype(cpu) is None
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert product.autocast_dtype(cpu) == (weight @ weight).dtype == dtype
+            assert product.autocast_dtype(torch.device("meta")) is None
+            with torch.autocast("cpu", enabled=False):
+                assert product.autocast_dtype(cpu) is None
+
+
+def test_a_layer_that_was_given_a_product_can_be_given_another() -> None:
+    layer = nn.Linear(3, 4)
+    assert product.install(layer, lambda *_: torch.zeros(1)) == 1 and layer(torch.ones(3)).tolist() == [0.0]
+    assert product.install(layer) == 1 and layer(torch.ones(3)).shape == (4,)
+
+
 def test_only_plain_linear_layers_that_nobody_changed_are_given_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(nn.Linear):
         pass
@@ -60,7 +89,7 @@ def test_only_plain_linear_layers_that_nobody_changed_are_given_the_product(monk
     changed = nn.Linear(3, 3)
     changed.forward = lambda input: input  # type: ignore[method-assign]
     layers = nn.ModuleList([nn.Linear(3, 4, bias=False), nn.Linear(3, 4), Other(3, 4), changed, nn.Bilinear(3, 3, 4)])
-    product.install(layers)
+    assert product.install(layers) == 2
     seen: list[Any] = []
     monkeypatch.setattr(product, "product", lambda *given: seen.append(given))
     rows = torch.randn(2, 3)

@@ -260,4 +260,20 @@ def test_a_dataset_of_no_windows_has_no_order():
 def test_a_block_is_so_many_of_the_largest_groups_or_all_there_are():
     source = made([5] * 8, size=3)  # groups of 3, 3 and 2
     assert [block_windows(source, groups) for groups in (1, 2, 3, 9)] == [3, 6, 9, 9]
-    assert block_windows(made([]), 4) == 0
+    assert block_windows(made([]), 4) == 0 and block_windows(made([5] * 3, size=1), 2) == 2
+
+
+def test_a_shard_that_is_damaged_is_named_by_whatever_reads_it(several_groups):
+    layout, _ = several_groups
+    victim = ScoreShards(layout.root).groups[0].path
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:4] + bytes(len(whole) // 3) + whole[4 + len(whole) // 3 :])  # pages, not the footer
+    source = ScoreShards(layout.root)
+    for read in (lambda: source.read(0), lambda: source.lengths):
+        with pytest.raises(UserError, match=rf"{victim.name}.* damaged"):
+            read()
+    victim.write_bytes(whole)
+    pq.write_table(pq.read_table(victim).replace_schema_metadata({b"tokensift": b"{"}), victim)
+    edit_sealed(layout.receipt(victim.stem), bytes=victim.stat().st_size)
+    with pytest.raises(UserError, match=rf"{victim.name}: damaged metadata"):
+        ScoreShards(layout.root)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from schemas.errors import UserError
 from tests.trainer.threads import on_threads
 from trainer.lengths import NAME, indexed
 from trainer.ranks import ALONE
@@ -83,6 +84,12 @@ def test_an_index_of_another_dataset_or_without_what_is_trained_on_is_not_taken(
         assert shards.read == list(range(5))
 
 
-def test_a_place_that_cannot_be_written_to_costs_the_stored_index_alone(tmp_path):
+def test_a_place_that_cannot_be_written_to_costs_the_stored_index_alone(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
+    assert np.array_equal(indexed(tmp_path / "file", "print", SIZES, Shards(1), ALONE), COUNTS[:1])
+
+    def refused(_root):
+        raise UserError("s3://bucket: cannot be written to", "ask for it")
+
+    monkeypatch.setattr("trainer.lengths.open_store", refused)
     assert np.array_equal(indexed(tmp_path / "file", "print", SIZES, Shards(1), ALONE), COUNTS[:1])

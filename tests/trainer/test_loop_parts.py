@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -17,10 +18,12 @@ import trainer.loop
 from schemas.errors import UserError
 from schemas.fingerprint import model_fingerprint, tokenizer_fingerprint
 from schemas.forward import decoder_layers
+from schemas.lock import locked
 from schemas.models import open_tokenizer
 from tests.trainer.made import made
 from tests.trainer.test_optimize import START, Two, run_of
 from trainer.checkpoint import State
+from trainer.live import Live
 from trainer.loop import (
     FREE_SETTINGS,
     Stop,
@@ -35,11 +38,12 @@ from trainer.loop import (
     origin_of,
     progress,
     save,
+    train,
 )
 from trainer.mixture import Mixture
 from trainer.parts import Snapshot, own
 from trainer.ranks import ALONE, Ranks
-from trainer.stream import Step
+from trainer.stream import Order, Step
 
 
 @pytest.mark.parametrize(
@@ -131,11 +135,14 @@ def test_what_a_signal_asks_for_is_heard_while_the_block_runs_and_whoever_heard_
     before = {name: signal.signal(name, lambda number, _frame: heard.append(number)) for name in ASKED}
     try:
         for name, status in ASKED.items():
-            with Stop() as stop:
-                assert stop.status == 0
-                os.kill(os.getpid(), name)
-                os.kill(os.getpid(), name)  # torchrun hands it on
-                assert stop.status == status and not heard
+            try:
+                with Stop() as stop:
+                    assert stop.status == 0
+                    os.kill(os.getpid(), name)
+                    os.kill(os.getpid(), name)  # torchrun hands it on
+                    assert stop.status == status and not heard
+            except KeyboardInterrupt:
+                pytest.fail("the first signal left, or the second one soon after it")
             os.kill(os.getpid(), name)
             assert heard.pop() == name
     finally:
@@ -164,9 +171,12 @@ def test_a_second_signal_is_the_first_one_handed_on_for_three_seconds_and_leaves
     now = [100.0]
     monkeypatch.setattr(trainer.loop.time, "monotonic", lambda: now[0])
     stop = Stop()
-    stop._ask(signal.SIGTERM, None)
-    now[0] += 3
-    stop._ask(signal.SIGINT, None)
+    try:
+        stop._ask(signal.SIGTERM, None)
+        now[0] += 3
+        stop._ask(signal.SIGINT, None)
+    except KeyboardInterrupt:
+        pytest.fail("a signal left that is the first one, or the first one handed on")
     assert stop.status == 143
     now[0] += 0.1
     with pytest.raises(KeyboardInterrupt):
@@ -267,7 +277,8 @@ def gone_through(monkeypatch, state=START, ask=lambda step: 0, failed=lambda ste
     saver = SimpleNamespace(last=state.step, failed=0, save=lambda state: events.append(("save", state.step)),
                             wait=lambda: events.append("written"))  # fmt: skip
 
-    def step_taken(live, optimizer, step, run, state, rate):
+    def step_taken(given, optimizer, step, config, state, rate):
+        assert given is live and optimizer == "adamw" and config is run
         events.append(("step", state.step, step.position, round(rate, 9)))
         asked.status, saver.failed = ask(state.step + 1), failed(state.step + 1)
         found = {"selected": 7.0, "grad_norm": 2.5, "loss_all": 3.0}
@@ -281,8 +292,12 @@ def gone_through(monkeypatch, state=START, ask=lambda step: 0, failed=lambda ste
         return {"loss": 1.0}
 
     monkeypatch.setattr(trainer.loop, "optimize", step_taken)
-    monkeypatch.setattr(trainer.loop, "matmul_peak", lambda compute, device: 100.0)
-    monkeypatch.setattr(trainer.loop.Weights, "of", lambda model: SimpleNamespace(step_flops=flops))
+    monkeypatch.setattr(
+        trainer.loop, "matmul_peak", lambda compute, device: {(torch.float32, "cpu"): 100.0}[compute, device]
+    )
+    monkeypatch.setattr(
+        trainer.loop.Weights, "of", lambda model: {live.model: SimpleNamespace(step_flops=flops)}[model]
+    )
     monkeypatch.setattr(trainer.loop, "time", Ticking())
     if log:
         log.sync = lambda: events.append("rows")
@@ -294,7 +309,7 @@ def gone_through(monkeypatch, state=START, ask=lambda step: 0, failed=lambda ste
     profiler = SimpleNamespace(at=lambda step: events.append(("profile", step)))
     monkeypatch.setattr(Two, "greatest", lambda self, value: value, raising=False)
     try:
-        end = loop(run, live, None, stream, geometry_of(run), state, log, asked, saver, profiler)
+        end = loop(run, live, "adamw", stream, geometry_of(run), state, log, asked, saver, profiler)
     except Stopped as stopped:
         end = stopped
     return events, end, log.rows if log else None
@@ -337,7 +352,8 @@ def test_the_rate_of_a_step_is_that_of_its_middle(monkeypatch):
 
 
 def test_held_out_text_is_looked_at_and_checkpoints_are_saved_every_so_many_steps(monkeypatch):
-    events, *_ = gone_through(monkeypatch, evaluate_every=2, checkpoint_every=3)
+    events, _, rows = gone_through(monkeypatch, evaluate_every=2, checkpoint_every=3)
+    assert [(kind, step) for kind, step, _ in rows if kind == "eval"] == [("eval", 2), ("eval", 4)]
     for unwanted in ("profile", "report"):
         events = [event for event in events if event[0] != unwanted]
     assert [event if isinstance(event, str) or event[0] == "save" else event[0] for event in events] == [
@@ -360,3 +376,171 @@ def test_a_run_that_is_stopped_saves_its_step_and_says_so_when_it_is_written(mon
     assert (stopped.code, stopped.step) == (143, 3) and events[-3:] == ["rows", ("save", 3), "written"]
     events, stopped, _ = gone_through(monkeypatch, failed=lambda step: step == 2)
     assert stopped.step == 2 and events[-1] == "written"
+
+
+@pytest.fixture
+def small(tiny_model, tmp_path):
+    """`small(**fields)`: a run of four steps of 128 tokens, two windows a row, whose held-out loss counts its calls."""
+    source, looks = made([30] * 16, size=4, columns=("ref_loss",)), []
+
+    def make(ranks=ALONE, **fields):
+        run = run_of(ranks, lambda live: looks.append(1) or {"loss": float(len(looks))}, source, tiny_model,
+                     output=tmp_path / "run", tokens_per_step=128, learning_rate=1e-3, **fields)  # fmt: skip
+        return replace(run, names={"base": "org/tiny"})
+
+    return make
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_model_its_checkpoints_and_the_rows_of_its_steps_and_is_not_run_again(small, tmp_path):
+    folder = tmp_path / "run"
+    for leftover in (folder / ".tmp-final", folder / "checkpoints" / ".tmp-step-0000001"):
+        leftover.mkdir(parents=True)
+    final = train(small(checkpoint_every=3))
+    assert final == folder / "final" and not list(folder.rglob(".tmp-*"))
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-0000003", "step-0000004"]
+    rows = rows_of(folder)
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("model", 0), ("eval", 0), ("train", 1), ("train", 2), ("train", 3), ("train", 4), ("eval", 4)
+    ]  # fmt: skip
+    assert rows[0] == {"kind": "model", "step": 0, "isolation": "varlen", "linear_head": True}
+    state = trainer.checkpoint.load_state(final)
+    assert (state.step, state.position, state.tokens_seen, state.names) == (4, 16, 480, {"base": "org/tiny"})
+    assert state.origin == origin_of(small(checkpoint_every=3))
+    weights = (final / "model.safetensors").read_bytes()
+    assert train(small()) == final and rows_of(folder) == rows
+    for path in (final, folder / "checkpoints" / "step-0000004"):
+        shutil.rmtree(path)
+    train(small())
+    assert (final / "model.safetensors").read_bytes() == weights
+    again = rows_of(folder)
+    assert [(row["kind"], row["step"]) for row in again] == [(row["kind"], row["step"]) for row in rows[:5]] + [
+        ("model", 3), ("train", 4), ("eval", 4)
+    ]  # fmt: skip
+    assert again[6]["loss_all"] == rows[5]["loss_all"] and (folder / "tensorboard").exists()
+
+
+def test_held_out_text_is_looked_at_once_where_the_last_step_is_one_of_those(small, tmp_path):
+    train(small(evaluate_every=2))
+    looks = [row["step"] for row in rows_of(tmp_path / "run") if row["kind"] == "eval"]
+    train(replace(small(evaluate_every=3), config=small(evaluate_every=3).config.model_copy(
+        update={"output": tmp_path / "other"})))  # fmt: skip
+    assert looks == [0, 2, 4]
+    assert [row["step"] for row in rows_of(tmp_path / "other") if row["kind"] == "eval"] == [0, 3, 4]
+
+
+def test_a_run_of_so_many_tokens_ends_there_whatever_the_data_hold(small, tmp_path):
+    train(small(epochs=None, tokens=300))
+    assert [row["step"] for row in rows_of(tmp_path / "run") if row["kind"] == "train"] == [1, 2]
+
+
+def test_a_run_reads_its_data_in_the_order_of_its_settings_as_its_model_can_take_them(small, monkeypatch):
+    asked, real = [], trainer.loop.steps
+    monkeypatch.setattr(trainer.loop, "steps", lambda *given: asked.append(given) or real(*given))
+    monkeypatch.setattr(trainer.loop, "prove_compiled", lambda *given: asked.append(given))
+    monkeypatch.setattr(trainer.loop, "compile_live", lambda live: None)
+    run = small(objective="slm", seed=5, shuffle_groups=3, skip=[(2, 4)], checkpoint_every=2)
+    train(run)
+    order, geometry, position = asked.pop()
+    assert order == Order(run.source, 5, 3, ("ref_loss",), [(2, 4)]) and position == 0
+    assert geometry == geometry_of(run) and not asked
+    for name in ("final", "checkpoints/step-0000004"):
+        shutil.rmtree(run.config.output / name)
+    train(run)
+    assert asked.pop()[2] == 10  # two steps of four windows, and two that were skipped
+    config = run.config.model_copy(update={"compile": True, "output": run.config.output / "compiled", "dropout": True})
+    train(replace(run, config=config))
+    proved, read = asked
+    assert proved[1:] == (geometry, 64, ALONE, True) and isinstance(proved[0], Live) and read[1] == geometry
+
+
+def test_windows_stand_alone_where_the_model_cannot_keep_them_apart(small, monkeypatch):
+    asked, real, built = [], trainer.loop.steps, trainer.loop.build
+
+    def apart(run, saved):
+        live, optimizer = built(run, saved)
+        live.opened = replace(live.opened, isolation="alone")
+        return live, optimizer
+
+    monkeypatch.setattr(trainer.loop, "build", apart)
+    monkeypatch.setattr(trainer.loop, "steps", lambda *given: asked.append(given[1].alone) or real(*given))
+    train(small())
+    assert asked == [True]
+
+
+def test_a_run_needs_its_columns_and_its_folder_to_itself_before_anything_is_made(small, tmp_path):
+    bare = replace(small(objective="slm"), source=made([30] * 16, columns=()))
+    with pytest.raises(UserError, match=r"train\.objective: slm needs the column `ref_loss`"):
+        train(bare)
+    folder = tmp_path / "run"
+    assert not (folder / "metrics.jsonl").exists()
+    with locked(folder, "training run"), pytest.raises(UserError, match="another training run is writing here"):
+        train(small())
+
+
+class Second(Two):
+    """The second of two ranks that hold the same; notes what it is told and what it waits for."""
+
+    said = ()
+
+    def share(self, value):
+        self.said.append(value)
+        return self.origin
+
+    def wait(self):
+        self.said.append("waited")
+
+
+def test_a_rank_that_is_not_the_first_takes_the_firsts_origin_and_leaves_files_to_it(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(Second, "said", said := [])
+    monkeypatch.setattr(Two, "greatest", lambda self, value: value, raising=False)
+    ranks = Second(1, 2, torch.device("cpu"))
+    run = small(ranks)
+    monkeypatch.setattr(Second, "origin", origin_of(run), raising=False)
+    evaluated = []
+    monkeypatch.setattr(
+        trainer.loop, "build", lambda run, saved: (FakeBuilt(), torch.optim.SGD(FakeBuilt().parameters()))
+    )
+    monkeypatch.setattr(trainer.loop, "loop", lambda *given: evaluated.append(given[5:7]) or given[5])
+    monkeypatch.setattr(trainer.loop, "save", lambda saver, log, state: evaluated.append(log))
+    monkeypatch.setattr("trainer.saver.dist.new_group", lambda **named: None)
+    leftover = tmp_path / "run" / ".tmp-final"
+    leftover.mkdir(parents=True)
+    with locked(tmp_path / "run", "training run"):  # by the first one
+        assert train(run) == tmp_path / "run" / "final"
+    assert said == [{}, "waited"] and evaluated == [(State(0, 0, 0, 0, Second.origin, names=run.names), None), None]
+    assert leftover.exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+class FakeBuilt(nn.Module):
+    """As much of a live model as is asked for by a run whose steps are not taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.opened = nn.Linear(1, 1), SimpleNamespace(isolation="varlen", linear=True)
+
+
+def test_a_run_writes_its_tokenizer_its_profile_and_its_log_and_no_checkpoint_twice(small, tiny_model, monkeypatch):
+    told, shared, real, reading = [], [], trainer.loop.Log, trainer.loop.found
+
+    def log_of(*given):
+        told.append((given, real(given[0], given[1])))
+        return told[-1][1]
+
+    monkeypatch.setattr(trainer.loop, "Log", log_of)
+    monkeypatch.setattr(trainer.loop, "found", lambda *given: shared.append(given[2:]) or reading(*given))
+    run = replace(small(wandb="sift", profile=(2, 3)), tokenizer=open_tokenizer(tiny_model, "base"))
+    run.source.index = shared.append
+    folder, final = run.config.output, train(run)
+    ((given, log),) = told
+    assert given == (folder, 0, "sift", origin_of(run)["train"]) and log.file.closed and shared == [(ALONE,), ALONE]
+    assert (final / "tokenizer.json").exists()
+    (trace,) = folder.rglob("*.json.gz")
+    assert trace.relative_to(folder).as_posix() == "profile/steps-2-3/rank-00000.json.gz"
+    written = (folder / "checkpoints" / "step-0000004" / "state.json").stat().st_mtime_ns
+    shutil.rmtree(final)
+    train(run)
+    assert (folder / "checkpoints" / "step-0000004" / "state.json").stat().st_mtime_ns == written

@@ -119,6 +119,15 @@ def test_places_of_billions_of_windows_are_found_at_once(mixture):
     np.testing.assert_allclose(np.array(tokens) / sum(tokens), np.array(WEIGHTS) / 10, rtol=1e-5)
 
 
+def test_windows_come_in_their_order_also_where_their_times_outgrow_64_bits(mixture):
+    position = 10**13
+    stretch, before = next(mixture.ordered(0, 2, position)), mixture.drawn(position)
+    owners = np.searchsorted(np.cumsum(mixture.windows), stretch.keys, side="right")
+    for count in (1, 2, 3, 10, 100, len(stretch)):
+        found = np.bincount(owners[:count], minlength=3)
+        assert found.tolist() == [b - a for a, b in zip(before, mixture.drawn(position + count), strict=True)]
+
+
 SKIP = [(3, 8), (8, 11), (40, 41), (90, 2000)]
 
 

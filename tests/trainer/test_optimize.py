@@ -35,9 +35,12 @@ def step_of(lengths=LENGTHS):
     """A step and its windows; ref_loss stands where each token is predicted."""
     rng, micros, windows = np.random.default_rng(2), [], []
     for share in lengths:
-        every = [replace(window(rng, length), tokens=rng.integers(2, 40, length)) for length in share]
+        every = [
+            replace(window(rng, length), tokens=rng.integers(2, 40, length), ref_entropy=rng.random(length, np.float32))
+            for length in share
+        ]
         batch = collate([one.tokens for one in every], [[0, 1], [2]], 16)
-        columns = {"ref_loss": batch.spread([one.ref_loss for one in every])}
+        columns = {name: batch.spread([getattr(one, name) for one in every]) for name in ("ref_loss", "ref_entropy")}
         placed = [Placed(0, key, one) for key, one in enumerate(every)]
         micros.append(MicroBatch(batch, columns, [length - 1 for length in share], placed))
         windows += every
@@ -64,34 +67,63 @@ def taken(run, state=START):
     return ways, row
 
 
-def plainly(kept):
-    """Gradients of the mean loss of the tokens that `kept(losses, window)` says, each window run alone."""
-    model, chosen = the_model().module, []
-    for one in step_of()[1]:
+def plainly(choose):
+    """Of the tokens that `choose(losses of each window, windows)` says: gradients of their mean loss, these, their scores."""
+    model, (_, windows), every = the_model().module, step_of(), []
+    for one in windows:
         tokens = torch.from_numpy(one.tokens)
-        losses = cross_entropy(model(input_ids=tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
-        chosen.append(losses[kept(losses.detach(), one)])
-    every = torch.cat(chosen)
+        every.append(cross_entropy(model(input_ids=tokens[None]).logits[0, :-1], tokens[1:], reduction="none"))
+    chosen = choose([losses.detach() for losses in every], windows)
+    kept = torch.cat([losses[mask] for losses, (mask, _) in zip(every, chosen, strict=True)])
     names, parameters = zip(*model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(every.mean(), parameters), strict=True)), every.detach()
+    gradients = dict(zip(names, torch.autograd.grad(kept.mean(), parameters), strict=True))
+    return gradients, kept.detach(), torch.cat([scores[mask] for mask, scores in chosen])
 
 
-def best_half(losses, one):
-    """The half of a window with the lowest reference losses, the earlier of equals."""
-    order = np.argsort(one.ref_loss[1:], kind="stable")
-    return torch.tensor(sorted(order[: round(0.5 * len(order))]))
+def best(scores, keep):
+    """Mask of the round(keep * n) highest, the earlier of equals."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return torch.zeros(len(scores), dtype=torch.bool).index_fill_(0, order[: round(keep * len(scores))], True)
+
+
+def by_reference(windows):
+    return [torch.from_numpy(-one.ref_loss[1:].astype(np.float32)) for one in windows]
+
+
+def all_of_them(every, _windows):
+    return [(torch.ones(len(losses), dtype=torch.bool), losses) for losses in every]
+
+
+def half_of_each_window(_every, windows):
+    return [(best(scores, 0.5), scores) for scores in by_reference(windows)]
+
+
+def half_of_each_window_by_both(_every, windows):
+    entropies = [torch.from_numpy(-one.ref_entropy[1:]) for one in windows]
+    return [
+        (best(scores, 0.5) & best(other, 0.5), scores)
+        for scores, other in zip(by_reference(windows), entropies, strict=True)
+    ]
+
+
+def half_of_the_step_by_excess(every, windows):
+    scores = [losses + own for losses, own in zip(every, by_reference(windows), strict=True)]
+    masks = best(torch.cat(scores), 0.5).split([len(own) for own in scores])
+    return list(zip(masks, scores, strict=True))
 
 
 CASES = {
-    "clm": ({"objective": "clm"}, lambda losses, one: torch.arange(len(losses))),
-    "by window": ({"objective": "self-ref-loss", "scope": "sequence", "keep": 0.5}, best_half),
+    "clm": ({"objective": "clm"}, all_of_them),
+    "by window": ({"objective": "self-ref-loss", "scope": "sequence", "keep": 0.5}, half_of_each_window),
+    "by both": ({"objective": "self-ref-both", "scope": "sequence", "keep": 0.5}, half_of_each_window_by_both),
+    "by step": ({"objective": "slm", "scope": "step", "keep": 0.5}, half_of_the_step_by_excess),
 }
 
 
 @pytest.mark.parametrize("clip", [1e9, 0.01])
 @pytest.mark.parametrize(("fields", "kept"), CASES.values(), ids=CASES)
 def test_a_step_goes_down_the_clipped_gradient_of_the_mean_over_all_that_it_selects(fields, kept, clip):
-    gradients, chosen = plainly(kept)
+    gradients, chosen, scores = plainly(kept)
     norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
     ways, row = taken(run_of(**fields, clip=clip))
     for name, gradient in gradients.items():
@@ -99,19 +131,28 @@ def test_a_step_goes_down_the_clipped_gradient_of_the_mean_over_all_that_it_sele
         torch.testing.assert_close(ways[name], wanted, rtol=1e-3, atol=1e-6, msg=name)
     assert row["selected"] == len(chosen) and row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert row["loss_kept"] == pytest.approx(float(chosen.mean()), rel=1e-5)
+    lowest = None if fields["objective"] in ("clm", "self-ref-both") else pytest.approx(float(scores.min()), abs=1e-4)
+    assert row["threshold"] == lowest
 
 
-def test_a_step_of_one_token_is_that_tokens_own_and_one_of_none_moves_nothing():
-    fields, every = {"objective": "self-ref-loss"}, sum(map(sum, LENGTHS)) - 6
-    lowest = min(float(loss) for one in step_of()[1] for loss in one.ref_loss[1:])
-    gradients, chosen = plainly(lambda losses, one: torch.from_numpy(one.ref_loss[1:] == np.float16(lowest)))
-    ways, row = taken(run_of(**fields, scope="step", keep=1 / every))
+@pytest.mark.parametrize(("scope", "keep", "among"), [("step", 1 / 38, 6), ("micro", 0.03, 3)])
+def test_a_step_of_one_token_is_that_tokens_own(scope, keep, among):
+    def choose(_every, windows):
+        scores = by_reference(windows)
+        highest = torch.cat(scores[:among]).max()
+        return [(own == highest, own) for own in scores]
+
+    gradients, chosen, _ = plainly(choose)
+    ways, row = taken(run_of(objective="self-ref-loss", scope=scope, keep=keep))
     assert row["selected"] == len(chosen) == 1
     for name, gradient in gradients.items():
         torch.testing.assert_close(ways[name], -RATE * gradient, rtol=1e-3, atol=1e-6, msg=name)
-    for scope in ("step", "micro"):
-        ways, row = taken(run_of(**fields, scope=scope, keep=0.1 / every))
-        assert row["selected"] == 0 and not any(way.any() for way in ways.values())
+
+
+@pytest.mark.parametrize("scope", ["step", "micro"])
+def test_a_step_that_keeps_nothing_moves_nothing(scope):
+    ways, row = taken(run_of(objective="self-ref-loss", scope=scope, keep=0.001))
+    assert row["selected"] == 0 and not any(way.any() for way in ways.values())
 
 
 def test_a_spike_is_told_with_its_windows_and_taken_unless_it_is_asked_to_be_skipped():
@@ -140,7 +181,9 @@ def test_a_step_that_is_not_finite_is_refused_by_its_number_before_any_weight_mo
         return judged
 
     monkeypatch.setattr(Live, "forward", forward)
-    with pytest.raises(Diverged, match=r"x: loss or gradient is not finite at step 8; its worst windows: # \(row"):
+    with pytest.raises(
+        Diverged, match=r"x: loss or gradient is not finite at step 8; its worst windows: # \(row.*; lower"
+    ):
         taken(run_of(), State(7, 0, 0, 0, {}))
     assert not seen
 

@@ -68,7 +68,12 @@ def test_a_reference_beside_itself_trains_as_it_does_alone(scores, tmp_path, tra
 def test_a_dataset_of_other_tokens_is_refused_field_by_field(both, part):
     field = sorted(both[1].dataset[part])[0]
     both[1].dataset = {**both[1].dataset, part: {**both[1].dataset[part], field: "other"}}
-    with pytest.raises(UserError, match=rf"cannot stand beside .*\n  {part}\.{field}: .* stored, 'other' now"):
+    with pytest.raises(
+        UserError, match=rf"stand beside .*\n  {part}\.{field}: .* stored, 'other' now; references of one"
+    ):
+        References(both)
+    both[1].dataset |= {"context": both[1].dataset["context"] | {"window": "other", "eos": "other"}}
+    with pytest.raises(UserError, match=r"\n  context\.eos: .* now\n  context\.window: .* now"):
         References(both)
 
 
@@ -123,10 +128,12 @@ def test_rows_and_columns_are_asked_of_every_reference_and_both_scores_are_means
     again.read = lambda *call: (
         asked.append(call) or [replace(window, ref_entropy=window.ref_entropy + 1) for window in real(*call)]
     )
-    joined = References([both[0], again])
-    (found, other) = joined.read(0, [1, 0], ["ref_entropy"])
-    one = both[0].read(0)
-    assert asked == [(0, [1, 0], ["ref_entropy"])] and found.ref_loss is None and found.ref_entropy.dtype == np.float32
+    joined, first = References([both[0], again]), both[0].read
+    both[0].read = lambda *call: asked.append(call) or first(*call)
+    (found, other), one = joined.read(0, [1, 0], ["ref_entropy"]), first(0)
+    assert (
+        asked == [(0, [1, 0], ["ref_entropy"])] * 2 and found.ref_loss is None and found.ref_entropy.dtype == np.float32
+    )
     for window, plain in ((found, one[1]), (other, one[0])):
         assert window.tokens.tolist() == plain.tokens.tolist()
         np.testing.assert_allclose(window.ref_entropy, plain.ref_entropy.astype(np.float32) + 0.5, rtol=1e-3)

@@ -87,6 +87,6 @@ def test_lengths_are_compared_with_the_baselines_of_the_same_length() -> None:
     assert short["difference"]["mean"] == pytest.approx(-0.7) and whole["difference"]["mean"] == pytest.approx(-0.1)
     second = markdown(finished.experiment, told).split("\n\n")[1].splitlines()
     assert second[2:] == [
-        "| slm | 0.5 | 500 | 4.400 (0.283) | -0.700 (0.141) |",
-        "| slm | 1 | 1,000 | 3.900 | -0.100 |",
+        "| slm | 0.5 | 2 | 500 | 4.400 (0.283) | -0.700 (0.141) |",
+        "| slm | 1 | 1 | 1,000 | 3.900 | -0.100 |",
     ]

@@ -76,6 +76,13 @@ def test_the_first_line_is_the_tuned_comparison_with_its_spread_and_its_compute(
     assert "with about as many tokens, both" in tuned_headline(results)
 
 
+def test_an_arm_judged_on_fewer_replicates_is_not_the_best_however_easy_these_were(tmp_path: Path) -> None:
+    results = read_results(write_experiment(tmp_path / "demo"))
+    assert results and results.best
+    results.arm("slm-0.6")["validation"] = spread([3.0, 3.1])
+    assert results.best["arm"] == "slm-0.3"
+
+
 def test_a_best_rate_at_the_edge_and_a_curve_that_was_not_decayed_are_said(tmp_path: Path) -> None:
     results = read_results(write_experiment(tmp_path / "demo", edge=("clm",)))
     assert results

@@ -57,11 +57,9 @@ def survey_or_error(url: str) -> Surveyed | ShardError:
 def survey_here(urls: list[str], found: Callable[[str, Surveyed | ShardError], None]) -> None:
     """Survey shards in threads; `found` gets each, in their order."""
     with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            for url, result in zip(urls, pool.map(survey_or_error, urls), strict=True):
-                found(url, result)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # an interrupted survey ends with the shards it is reading
+        # `map` takes back what has not begun when it is left: an interrupted survey ends with the shards it is reading.
+        for url, result in zip(urls, pool.map(survey_or_error, urls), strict=True):
+            found(url, result)
 
 
 class _Hashed:

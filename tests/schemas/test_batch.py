@@ -1,5 +1,7 @@
 """Packing: every token exactly once, no row too full, nothing predicted across windows or in padding."""
 
+from itertools import product
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -60,7 +62,7 @@ def test_collate_lays_every_token_out_exactly_once_and_in_order(lengths: list[in
         assert packed.ids[own].tolist() == window.tolist()
         assert packed.positions[own].tolist() == list(range(len(window)))
         assert set(packed.owner[own].tolist()) == {number}
-    assert int((packed.owner >= 0).sum()) == sum(lengths)
+    assert int((packed.owner >= 0).sum()) == sum(lengths) and (packed.owner[packed.ids == 0] == -1).all()
 
 
 @given(LENGTHS)
@@ -72,6 +74,23 @@ def test_every_token_but_a_windows_first_is_predicted_exactly_once_from_its_own_
     rows, columns = torch.nonzero(packed.targets != IGNORE).unbind(1)
     assert torch.equal(packed.targets[rows, columns], packed.ids[rows, columns + 1])
     assert torch.equal(packed.positions[rows, columns] + 1, packed.positions[rows, columns + 1])
+
+
+@given(LENGTHS.filter(len), st.integers(0, 2**31))
+def test_only_tokens_that_are_trained_on_are_predicted_and_counted(lengths: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    windows, masks = make_windows(lengths), [rng.random(length) < 0.5 for length in lengths]
+    given_masks = [None if rng.random() < 0.2 else mask for mask in masks]
+    wanted = [
+        [int(token) for token in (window if mask is None else window[mask]) if token != window[0]]
+        for window, mask in zip(windows, given_masks, strict=True)
+    ]
+    packed = collate(windows, best_fit(lengths, ROW), ROW, given_masks)
+    assert packed.valid == list(map(len, wanted))
+    assert sorted(packed.targets[packed.targets != IGNORE].tolist()) == sorted(token for own in wanted for token in own)
+    rows, columns = torch.nonzero(packed.targets != IGNORE).unbind(1)
+    assert torch.equal(packed.targets[rows, columns], packed.ids[rows, columns + 1])
+    assert collate(windows, best_fit(lengths, ROW), ROW).valid == [length - 1 for length in lengths]
 
 
 @given(LENGTHS.filter(len), st.integers(0, 5))
@@ -144,6 +163,15 @@ def test_windows_alone_in_their_rows_never_restart_and_pad_to_the_longest(length
     assert packed.ids.shape == (len(lengths), max(lengths))
     assert all(row.tolist() == list(range(max(lengths))) for row in packed.positions)
     assert sorted(place.row for place in packed.places) == list(range(len(lengths)))
+
+
+def test_a_row_filler_of_small_rows_places_every_short_stream_as_a_walk_over_all_rows_does() -> None:
+    for lengths in product((1, 2, 3), repeat=6):
+        filler, room = RowFiller(3, 4), [4, 4, 4]
+        for placed, (row, length) in enumerate(zip(filler.fill(lengths), lengths, strict=False)):
+            assert row == next(place for place in range(3) if room[place] >= length), (lengths, placed)
+            room[row] -= length
+        assert filler.room == room
 
 
 def test_a_row_filler_that_keeps_windows_alone_gives_each_a_row() -> None:

@@ -128,6 +128,31 @@ def test_what_an_interpreter_wrote_is_not_trained_on(speaking, name):
         assert re.sub(r"\s*```python", "```python", tokenizer.decode(np.array(tokens)[trained])) == learnt * turns
 
 
+PLAIN = {
+    "problem": "<s>{}Problem: Add.\nAnswer: print\n```output\n5\n```\n5.</s>\n\nProblem: More.\nAnswer: 6</s>",
+    "alpaca": "<s>{}### Instruction:\nAdd.\n\n### Response: print\n```output\n5\n```\n5.</s>\n\n### Instruction:\nMore.\n\n### Response: 6</s>",
+    "tora": "<s>{}<|user|>\nAdd.\n<|assistant|>\nprint\n```output\n5\n```\n5.</s>\n\n<|user|>\nMore.\n<|assistant|>\n6</s>",
+}
+ALPACA_BEGINS = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [True, False])
+def test_templates_in_plain_text_are_these_to_the_letter(tiny_model, name, system):
+    tokenizer = open_tokenizer(tiny_model, "base")
+    tokenizer.chat_template = TEMPLATES[name]
+    tool = [{"role": "tool", "content": " 5 "}, {"role": "assistant", "content": "5."}]
+    messages = [*said("Add.", "print"), *tool, *said(" More.\n", "6")]
+    begins = "Be brief.\n\n" if system else ALPACA_BEGINS if name == "alpaca" else ""
+    text = PLAIN[name].format(begins)
+    found = [{"role": "system", "content": "Be brief."}] * system + messages
+    assert tokenizer.apply_chat_template(found, tokenize=False) == text
+    spoken = tokenizer.apply_chat_template(said("5", "Add.", first="assistant"), tokenize=False)
+    assert spoken.startswith("<s> 5</s>" if name != "tora" else "<s>5</s>")
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_tools_message_is_the_same_as_its_output_in_the_assistants_text(speaking, name):
     tokenizer = speaking(name)

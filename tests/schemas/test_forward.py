@@ -51,6 +51,7 @@ def test_windows_share_rows_as_their_isolation_allows_and_rows_of_one_come_befor
     shared = [len(row) > 1 for batch in packed for row in batch]
     assert shared == sorted(shared) and {*shared} == {True, False}
     assert opened("varlen").batches([8], 8, 4) == [[[0]]]
+    assert opened("packed").batches([7, 1, 6], 8, 16) == [[[2], [0, 1]]]
 
 
 @pytest.mark.parametrize("isolation", ["alone", "packed", "varlen"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from schemas.config import Config
+from schemas.conversation import templated
 from schemas.fingerprint import dataset_fingerprint
 from schemas.models import open_tokenizer
 from schemas.receipt import Canary, Layout, Receipt
@@ -42,7 +43,7 @@ def prepare(config: Config) -> tuple[Job, list[Unit]]:
     """The job that a config asks for, and all its units."""
     model, layout = Path(config.score.model), Layout(config.score.output)
     layout.make()
-    tokenizer = open_tokenizer(model, "score.model")
+    tokenizer = templated(open_tokenizer(model, "score.model"), config.corpus)
     fingerprint = dataset_fingerprint(tokenizer, model, config.corpus, config.context, config.score)
     inventory = layout.root / layout.INVENTORY
     planned = plan(config.corpus, fingerprint, config.score.unit_bytes, inventory, lambda done, total: None)

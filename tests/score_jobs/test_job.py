@@ -132,6 +132,7 @@ def test_law_3_shards_that_changed_or_went_are_refused_with_what_was_scored_and_
     with pytest.raises(UserError, match=r"corpus changed") as caught:
         score(config)
     first, second = caught.value.problem.splitlines()[1:]
+    assert all(line.startswith("  part-") and line.endswith(" now") for line in (first, second))
     assert edited.name in first and stored[edited.name] in first and first.count(" now") == 1
     assert gone.name in second and stored[gone.name] in second and "no such shard or unreadable now" in second
     assert first.split(", ")[1] not in (f"{stored[edited.name]} now", "no such shard or unreadable now")
@@ -213,7 +214,8 @@ def test_the_dataset_says_how_its_last_job_ended(config: Config, pool: type[Made
 def test_while_a_job_runs_the_dataset_says_so(config: Config, pool: type[MadePool]) -> None:
     def unable(unit: object) -> None:
         found = progress_file(config)
-        assert found["ended"] is False and found["note"] == "score" and (found["workers"], found["in_flight"]) == (1, 1)
+        assert found["ended"] is False and found["note"] == "score"
+        assert (found["workers"], found["in_flight"], found["retries"]) == (1, 1, 0)
 
     pool.unable = staticmethod(unable)
     score(config)
@@ -227,10 +229,13 @@ def test_law_3_other_settings_are_refused_field_by_field_and_receipts_without_th
     with pytest.raises(UserError, match=r"other settings") as caught:
         score(changed(changed(config, "context", window=32), "score", unit_bytes=1))
     lines = caught.value.problem.splitlines()[1:]
-    assert len(lines) == 2 and any("context.window: 64 stored, 32" in line for line in lines)
-    assert all(line.startswith("  ") for line in lines) and str(layout.dataset) in caught.value.problem
+    assert lines == [
+        "  context.window: 64 stored, 32 now",
+        f"  scorer.unit_bytes: {config.score.unit_bytes} stored, 1 now",
+    ]
+    assert str(layout.dataset) in caught.value.problem and "new score.output" in caught.value.fix
     layout.dataset.unlink()
-    with pytest.raises(UserError, match=r"dataset\.json: missing while receipts exist"):
+    with pytest.raises(UserError, match=r"dataset\.json: missing while receipts exist; .*new score\.output"):
         score(config)
     assert not layout.dataset.exists() and len(pool.asked) == 1
 
@@ -251,9 +256,22 @@ def test_workers_of_any_folder_and_node_get_whole_paths_and_the_template_itself(
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a</s>"
 
 
-def test_a_model_that_is_not_there_is_the_users_error_that_names_the_field(config: Config) -> None:
+def test_a_model_that_is_not_there_or_has_a_damaged_tokenizer_is_the_users_error_that_names_the_field(
+    config: Config, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"score\.model: .*nowhere"):
         prepare(changed(config, "score", model="./nowhere"), Layout(config.score.output))
+    model = Path(shutil.copytree(config.score.model, tmp_path / "model"))
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"score\.model"):
+        prepare(changed(config, "score", model=str(model)), Layout(config.score.output))
+    assert not (config.score.output / "dataset.json").exists()
+
+
+def test_units_of_other_settings_have_other_names(config: Config, pool: type[MadePool], tmp_path: Path) -> None:
+    one = score(config, limit=1).receipts
+    other = changed(changed(config, "context", window=32), "score", output=tmp_path / "other")
+    assert not set(one) & set(score(other, limit=1).receipts)
 
 
 @pytest.mark.parametrize("address", [None, "auto"])

@@ -99,3 +99,24 @@ def test_a_column_that_an_objective_reads_and_the_data_lack_is_named_with_the_wa
     require_columns(objective, made([3], columns=("ref_loss", "ref_entropy")))
     for free in ("clm", "random"):
         require_columns(free, made([3], columns=there))
+
+
+def test_what_is_ranked_over_all_ranks_is_asked_of_all_ranks_and_its_count_is_not_known():
+    selection, micro = Selection.of("slm", "micro", 0.4), micros()[0]
+    choose, count = choice(selection, micro, ALONE, None, 0)
+    assert choose(LIVE[0]).int().tolist() == [[1, 0, 1, 0, 0, 0, 0]] and count == 2  # of excess 4 0 3 | 1 0.5
+    three = Better(0, 3, torch.device("cpu"))
+    choose, count = choice(selection, micro, three, None, 0)
+    assert count is None and not choose(LIVE[0]).any()  # the others hold what is better by far
+
+
+class Better(Ranks):
+    """One of three ranks, the others of which hold five tokens each of the highest score there is."""
+
+    def sum(self, values):
+        if values.ndim:
+            values[-1] += 10
+        return values
+
+    def gather(self, values):
+        return torch.stack([values, *[torch.full_like(values, 5)] * 2])

@@ -54,6 +54,23 @@ def test_a_weight_that_is_missing_unexpected_mismatched_or_nan_is_an_error(
     assert "score.model" in caught.value.problem and str(folder) in caught.value.problem and caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("dtype", "compute", "own"),
+    [
+        (torch.float32, None, True),
+        (torch.float32, torch.float32, True),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, None, False),
+    ],
+)
+def test_products_are_ours_only_where_both_weights_and_products_are_float32(
+    tiny_model: Path, dtype: torch.dtype, compute: torch.dtype | None, own: bool
+) -> None:
+    module = open_model(tiny_model, "base", 64, dtype=dtype, compute=compute).module
+    layers = [layer for layer in module.base_model.modules() if type(layer) is torch.nn.Linear]
+    assert layers and {"forward" in vars(layer) for layer in layers} == {own and torch.backends.mkldnn.is_available()}
+
+
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 

@@ -107,6 +107,10 @@ def launch(words: list[str], address: str, nodes: int | None, ranks: int | None)
         bundle = {"CPU": float(shape.ranks), **({"GPU": float(shape.ranks)} if shape.gpus else {})}
         group = placement_group([bundle] * shape.nodes, strategy="STRICT_SPREAD")
         try:
+            if not group.wait(POLL_SECONDS):
+                say(
+                    f"waiting for {shape.nodes} nodes with {shape.ranks} {'GPUs' if shape.gpus else 'CPUs'} each to come free"
+                )
             while not group.wait(POLL_SECONDS) and not stop.is_set():
                 pass
             return 0 if stop.is_set() else drive(words, shape, group, stop)

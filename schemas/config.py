@@ -267,6 +267,9 @@ class Demo(Section):
     curated_solutions: int = Field(default=350_000, ge=0, description="right solutions of the curated corpus")
     base_manuals: int = Field(default=2_500_000, gt=0, description="pages that the base model is trained on")
     base_epochs: float = Field(default=0.8, gt=0)
+    small_layers: int | None = Field(
+        default=None, ge=1, description="layers of a second base, {root}/small; null: none is made"
+    )
 
 
 class Config(Section):

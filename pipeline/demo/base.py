@@ -14,7 +14,7 @@ from schemas.errors import UserError
 from schemas.models import open_tokenizer
 from score_jobs.corpus import Document, corpus_documents
 
-VOCABULARY = 2048
+VOCABULARY, LAYERS = 2048, 4
 
 
 def corpus_folder(config: Config) -> Path:
@@ -37,14 +37,22 @@ def data_folder(config: Config) -> Path:
 
 
 def make_base(config: Config) -> Path:
-    """A 1M-parameter Llama trained on pages that are not in the corpus; stands for TinyLlama."""
+    """A Llama of 1.1M parameters trained on pages that are not in the corpus, which stands for TinyLlama; where
+    `demo.small_layers` asks for it a smaller one before, with the same tokenizer, for a reference weaker than the live model.
+    """
+    if config.demo.small_layers:
+        train_base(config, config.root / "small", config.demo.small_layers)
+    return train_base(config, config.root / "base", LAYERS)
+
+
+def train_base(config: Config, output: Path, layers: int) -> Path:
+    """A base from nothing; returns its folder."""
     pages = Corpus(paths=[str(data_folder(config) / "base" / "*.jsonl.zst")])
-    output = config.root / "base"
     start = output / "init"
     if not (start / "model.safetensors").exists():
         make_tokenizer([pages, config.corpus], start)
         torch.manual_seed(config.train.seed)
-        LlamaForCausalLM(model_shape(config.context.window)).save_pretrained(start)
+        LlamaForCausalLM(model_shape(config.context.window, layers)).save_pretrained(start)
     settings = Train(
         output=output,
         seed=config.train.seed,
@@ -57,16 +65,16 @@ def make_base(config: Config) -> Path:
     )
     tokenizer = open_tokenizer(start, "base")
     tokens = partial(tokenised, pages, tokenizer, config.context, output / TOKENS)
-    return run_training("train base", config, settings, start, tokens, tokenizer)
+    return run_training(f"train {output.name}", config, settings, start, tokens, tokenizer)
 
 
-def model_shape(window: int) -> LlamaConfig:
-    """The demo's architecture, 1.1M parameters."""
+def model_shape(window: int, layers: int) -> LlamaConfig:
+    """The demo's architecture; 1.1M parameters with 4 layers."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=max(512, window),

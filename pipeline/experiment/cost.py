@@ -50,6 +50,11 @@ class Cost:
         """Of one run of `runs` that share reference and scores."""
         return (self.reference + self.scoring) / runs + self.live
 
+    def following(self, first: "Cost") -> "Cost":
+        """Of this run and the one that it went on from. Reference and scores that both read are paid for once."""
+        dearer = max(self, first, key=lambda cost: (cost.reference + cost.scoring).forwards)
+        return Cost(dearer.reference, dearer.scoring, first.live + self.live, self.parameters)
+
     @property
     def flops(self) -> float:
         """Of the run alone: two for each parameter and forward; attention's own products are left out."""

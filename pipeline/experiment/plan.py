@@ -28,6 +28,7 @@ class Arm(Section):
     set: dict[str, Any] = Field(default={}, description="overrides of the config")
     scores: Name | None = Field(default=None, description="an entry of `scores`; null: the config's own reference")
     like: Name | None = Field(default=None, description="is not tuned, but takes the point that this arm was tuned to")
+    base: str | None = Field(default=None, description="starts from this model; null: the config's `base`")
     after: Name | None = Field(default=None, description="starts from this arm's finished model instead of the base")
 
     @model_validator(mode="before")
@@ -123,9 +124,10 @@ def config_of(experiment: Experiment, base: Path, run: Run, choices: Mapping[str
     """The config of one run. `choices`: the point of the arm that it comes after, if it comes after one."""
     arm = experiment.arms[run.arm]
     overrides = _shared(experiment, base, run.seed, arm.scores) | arm.set | dict(run.point) | {"train.run": run.name}
-    if arm.after:
-        before = Run(arm.after, choices.get(arm.after, run.point), run.seed)
-        overrides["base"] = f"{{root}}/train/{before.name}/final"
+    if arm.base:
+        overrides["base"] = arm.base
+    if first := before(experiment, run, choices):
+        overrides["base"] = f"{{root}}/train/{first.name}/final"
     config = load_config(base, overrides)
     if run.length == 1:
         return config
@@ -133,6 +135,12 @@ def config_of(experiment: Experiment, base: Path, run: Run, choices: Mapping[str
     tokens = None if train.tokens is None else round(train.tokens * run.length)
     epochs = None if train.epochs is None else train.epochs * run.length
     return config.model_copy(update={"train": train.model_copy(update={"tokens": tokens, "epochs": epochs})})
+
+
+def before(experiment: Experiment, run: Run, choices: Mapping[str, Point]) -> Run | None:
+    """The run whose model a run starts from; None if it starts from the base."""
+    name = experiment.arms[run.arm].after
+    return None if name is None else Run(name, choices.get(name, run.point), run.seed)
 
 
 def _shared(experiment: Experiment, base: Path, seed: int, scores: str | None) -> dict[str, Any]:
@@ -235,8 +243,8 @@ def ready(experiment: Experiment, runs: Iterable[Run], losses: Mapping[Run, floa
     choices = choices_of(experiment, losses)
 
     def can(run: Run) -> bool:
-        before = experiment.arms[run.arm].after
-        return before is None or math.isfinite(losses.get(Run(before, choices.get(before, ()), run.seed), math.inf))
+        first = before(experiment, run, choices)
+        return first is None or math.isfinite(losses.get(first, math.inf))
 
     return [run for run in runs if can(run)]
 

@@ -14,7 +14,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from pipeline.experiment.plan import Experiment, Run, choices_of, config_of, left, prepared_config, ready, wanted
+from pipeline.experiment.plan import (
+    Experiment,
+    Run,
+    before,
+    choices_of,
+    config_of,
+    left,
+    prepared_config,
+    ready,
+    wanted,
+)
 from pipeline.failure import explain
 from pipeline.progress import bar, say
 from schemas.config import Config
@@ -75,6 +85,10 @@ class Work:
     def config(self, run: Run) -> Config:
         """Of a run."""
         return config_of(self.experiment, self.base, run, choices_of(self.experiment, self.losses))
+
+    def before(self, run: Run) -> Run | None:
+        """The run whose model a run starts from, if its arm comes after another."""
+        return before(self.experiment, run, choices_of(self.experiment, self.losses))
 
     def finished(self, run: Run) -> float | None:
         """Last validation loss, nats; infinite if training broke down, None if it has not finished."""

@@ -24,7 +24,10 @@ SHARED = (1, 3)  # runs that share reference and scores
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One finished run. Losses in nats/token; `forwards_*` in forward-token equivalents of the live model."""
+    """One finished run. Losses in nats/token; `forwards_*` in forward-token equivalents of the live model.
+
+    Of an arm that comes `after` another, tokens and cost are those of both runs; steps are its own.
+    """
 
     arm: str
     replicate: int
@@ -76,7 +79,10 @@ def row_of(work: Work, run: Run, chosen: bool, level: float | None) -> Row:
     rows = read_metrics(folder / "metrics.jsonl")
     last = [row for row in rows if row["kind"] == "train"][-1]
     test, validation = curve(rows, "target_loss"), curve(rows, "validation_loss")
-    cost = cost_of(config)
+    cost, seen, selected = cost_of(config), 0, 0
+    if (before := work.before(run)) is not None:  # the arm is both runs, one after the other
+        first = row_of(work, before, chosen, None)
+        cost, seen, selected = cost.following(cost_of(work.config(before))), first.tokens, first.tokens_selected
     return Row(
         arm=run.arm,
         replicate=run.seed,
@@ -87,13 +93,13 @@ def row_of(work: Work, run: Run, chosen: bool, level: float | None) -> Row:
         keep=1.0 if train.objective == "clm" else train.keep,
         scope=train.scope,
         steps=last["step"],
-        tokens=last["tokens_seen"],
-        tokens_selected=last["tokens_selected"],
+        tokens=seen + last["tokens_seen"],
+        tokens_selected=selected + last["tokens_selected"],
         validation_final=validation[-1][1],
         validation_best=min(loss for _, loss in validation),
         test_final=test[-1][1],
         test_best=min(loss for _, loss in test),
-        tokens_to_baseline=None if level is None else first_reach(test, level),
+        tokens_to_baseline=None if level is None else first_reach([(seen + at, loss) for at, loss in test], level),
         seconds=cost.live.seconds,
         seconds_reference=cost.reference.seconds,
         seconds_scoring=cost.scoring.seconds,

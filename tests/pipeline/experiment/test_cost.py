@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from pipeline.experiment.cost import Work, cost_of, decayed_reach, first_reach, loss_at, parameters_of
+from pipeline.experiment.cost import Cost, Work, cost_of, decayed_reach, first_reach, loss_at, parameters_of
 from schemas.config import Config
 from schemas.receipt import Layout, read_receipts
 
@@ -53,6 +53,13 @@ def test_a_backward_over_kept_tokens_costs_two_forwards_of_those_alone(scores: C
     config = with_train(scores, tmp_path, objective="slm", scope="step", keep=0.2, backward="kept")
     write_metrics(config.train.folder, [100, 250], speed=50.0)
     assert cost_of(config).live == Work(2 * 250 + 2 * 50, 5.0)
+
+
+def test_what_two_runs_in_a_row_both_read_is_paid_for_once() -> None:
+    reading = Cost(Work(30, 3), Work(10, 1), Work(100, 10), 7)
+    plain = Cost(Work(), Work(), Work(50, 5), 7)
+    assert reading.following(plain) == plain.following(reading) == Cost(Work(30, 3), Work(10, 1), Work(150, 15), 7)
+    assert reading.following(reading).total() == Work(240, 24)
 
 
 def test_parameters_are_what_the_model_holds(tiny_model: Path) -> None:

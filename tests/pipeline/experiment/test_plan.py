@@ -18,6 +18,7 @@ from pipeline.experiment.plan import (
     left,
     load_experiment,
     only,
+    prepared_config,
     ready,
     wanted,
 )
@@ -160,3 +161,12 @@ def test_every_shipped_experiment_fits_its_config(path: Path) -> None:
     base = ROOT / "configs" / f"{made.config}.yaml"
     configs = [config_of(made, base, Run(name, (), made.replicates[0]), {}) for name in made.arms]
     assert all(config.eval.validation and config.eval.target for config in configs)
+
+
+def test_an_arm_may_train_another_base_than_the_one_that_its_scores_reference_started_from() -> None:
+    made = load_experiment(ROOT / "configs" / "experiments" / "noisy.yaml")
+    weak = config_of(made, DEMO, Run("slm-0.1-weak-reference", (), 3), {})
+    root = made.root / "replicate-3"
+    assert (weak.base, weak.score.model) == (f"{root}/base/final", f"{root}/weak/reference/final")
+    assert prepared_config(made, DEMO, 3, "weak").base == f"{root}/small/final"
+    assert prepared_config(made, DEMO, 3, None).demo.small_layers == 1

@@ -26,7 +26,7 @@ SCRIPT = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pipeline.cli impo
 
 @pytest.fixture
 def made(scores: Config, write_config: Any, corpus_tools: SimpleNamespace, tmp_path: Path) -> Path:
-    """An experiment over finished scores: two arms, two rates, one replicate, one other length."""
+    """An experiment over finished scores: two arms, two rates, one replicate, one other length, one arm after another."""
     texts = [
         {"prompt": row["text"][:20], "text": row["text"][20:60]} for row in corpus_tools.make_documents(12, seed=7)
     ]
@@ -47,7 +47,11 @@ def made(scores: Config, write_config: Any, corpus_tools: SimpleNamespace, tmp_p
         "grid": {"train.learning_rate": [0.001, 0.01]},
         "baseline": "clm",
         "lengths": {"clm": [0.5]},
-        "arms": {"clm": {"train.objective": "clm"}, "slm": {"train.keep": 0.5}},
+        "arms": {
+            "clm": {"train.objective": "clm"},
+            "slm": {"train.keep": 0.5},
+            "slm-then-clm": {"train.objective": "clm", "after": "slm", "like": "clm"},
+        },
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raw))
     return tmp_path / "tiny.yaml"
@@ -74,7 +78,9 @@ def test_an_experiment_that_is_stopped_goes_on_by_the_same_command_and_leaves_fi
     second = subprocess.run(command(made, "--workers", 2), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert second.returncode == 0, second.stdout + second.stderr
     after = finals(made)
-    assert len(after) == 5 and before.items() <= after.items()  # two arms at two rates, one half as long
+    assert (
+        len(after) == 6 and before.items() <= after.items()
+    )  # two arms at two rates, one half as long, one after another
     results_hold(made.parent / "out")
     conduct(load_experiment(made), made.parent / "base.yaml", workers=1)
     assert finals(made) == after
@@ -84,13 +90,17 @@ def test_an_experiment_that_is_stopped_goes_on_by_the_same_command_and_leaves_fi
     assert finals(made) == after
 
 
+def metrics_of(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    lines = (Path(row["folder"]) / "metrics.jsonl").read_text().splitlines()
+    return [found for line in lines if (found := json.loads(line))["kind"] == kind]
+
+
 def results_hold(root: Path) -> None:
     """The table says what metrics and choice say: the test set chose nothing."""
     rows = pq.read_table(root / "results.parquet").to_pylist()
-    assert len(rows) == 5 == len(list(csv.DictReader((root / "results.csv").open())))
+    assert len(rows) == 6 == len(list(csv.DictReader((root / "results.csv").open())))
     for row in rows:
-        metrics = [json.loads(line) for line in (Path(row["folder"]) / "metrics.jsonl").read_text().splitlines()]
-        evals = [item for item in metrics if item["kind"] == "eval"]
+        evals = metrics_of(row, "eval")
         assert row["test_final"] == evals[-1]["target_loss"] and row["validation_final"] == evals[-1]["validation_loss"]
         assert row["test_best"] == min(item["target_loss"] for item in evals)
     for arm in ("clm", "slm"):
@@ -102,3 +112,8 @@ def results_hold(root: Path) -> None:
     judged = {row["arm"]: row["test_final"] for row in rows if row["chosen"] and row["length"] == 1}
     assert summary["slm"]["difference"]["mean"] == judged["slm"] - judged["clm"]
     assert summary["clm"]["difference"]["mean"] == 0 and "slm" in (root / "summary.md").read_text()
+    then = next(row for row in rows if row["arm"] == "slm-then-clm")
+    first = next(row for row in rows if row["arm"] == "slm" and row["chosen"])
+    own = metrics_of(then, "train")[-1]["tokens_seen"]
+    assert 0 < own < then["tokens"] == first["tokens"] + own
+    assert then["forwards"] == 3 * then["tokens"] and then["forwards_scoring"] == first["forwards_scoring"] > 0

@@ -28,6 +28,7 @@ from score_jobs.cluster import POLL_SECONDS, start
 
 SAVE_SECONDS = 240  # for a step and a checkpoint, once ranks are asked to stop; then torchrun kills them
 GRACE_SECONDS = 60  # in which ranks notice by themselves that another one is lost
+LAST_LINES_SECONDS = 10.0  # what outlives `torchrun` may hold its pipe open for ever
 AGAIN = "the same command goes on from the last checkpoint"
 # Whatever ends the process that Ray placed on a node, the ranks there save and end.
 TORCHRUN = (
@@ -79,7 +80,7 @@ class Agent:
         assert self.process
         status = self.process.poll()
         if status is not None:
-            self.reader.join(POLL_SECONDS)
+            self.reader.join(LAST_LINES_SECONDS)
         return [self.lines.popleft() for _ in range(len(self.lines))], status
 
     def stop(self) -> None:

@@ -89,10 +89,11 @@ def _load(folder: Path, field: str, dtype: torch.dtype) -> Any:
     return module
 
 
-def local_model(name: str, field: str = "model") -> Path:
+def local_model(name: str, field: str = "model", fetch: bool = True) -> Path:
     """The folder of a model: `name` itself if it is one, else the Hugging Face hub's snapshot of `org/name@revision`.
 
-    Only safetensors weights are fetched; pickled ones are never loaded. Raises UserError if it cannot be had.
+    Only safetensors weights are fetched; pickled ones are never loaded. Without `fetch` it is taken from the hub's cache
+    alone. Raises UserError if it cannot be had.
     """
     folder = Path(name)
     if name and folder.is_dir():
@@ -108,7 +109,9 @@ def local_model(name: str, field: str = "model") -> Path:
     from huggingface_hub import snapshot_download  # only the hub path needs a network client
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(MODEL_FILES)))
+        files = list(MODEL_FILES)
+        found = snapshot_download(repository, revision=revision, allow_patterns=files, local_files_only=not fetch)
+        return Path(found)
     except RevisionNotFoundError as error:
         raise UserError(f"{field}: `{name}`: {repository} has no such revision", "mend what follows the @") from error
     except Exception as error:  # the hub's client raises what its network stack raises

@@ -46,13 +46,18 @@ class Cost:
     live: Work
     parameters: int
 
+    @property
+    def before(self) -> Work:
+        """What is paid before the live model's training begins."""
+        return self.reference + self.scoring
+
     def total(self, runs: int = 1) -> Work:
         """Of one run of `runs` that share reference and scores."""
-        return (self.reference + self.scoring) / runs + self.live
+        return self.before / runs + self.live
 
     def following(self, first: "Cost") -> "Cost":
         """Of this run and the one that it went on from. Reference and scores that both read are paid for once."""
-        dearer = max(self, first, key=lambda cost: (cost.reference + cost.scoring).forwards)
+        dearer = max(self, first, key=lambda cost: cost.before.forwards)
         return Cost(dearer.reference, dearer.scoring, first.live + self.live, self.parameters)
 
     @property
@@ -64,15 +69,16 @@ class Cost:
 def cost_of(config: Config) -> Cost:
     """Of the run that the config describes, from its metrics, the reference's and the receipts of its scores.
 
-    Reference and scores cost nothing to a run that reads no score, nor a reference that was trained elsewhere.
+    Reference and scores cost nothing to a run that reads no score, nor a reference that was trained elsewhere. Raises
+    UserError if base or reference, whose sizes count, are not on this machine: nothing is fetched to count.
     """
     selection = Selection.of(config.train.objective, config.train.scope, config.train.keep)
     ahead = selection.ahead and selection.objective.live
     live = trained(config.train.folder, TRAIN + SCORE * ahead, config.train.backward == "kept")
-    parameters = parameters_of(local_model(config.base))
+    parameters = parameters_of(local_model(config.base, fetch=False))
     if not set(STORED) & set(selection.columns):
         return Cost(Work(), Work(), live, parameters)
-    size = parameters_of(local_model(config.score.model)) / parameters
+    size = parameters_of(local_model(config.score.model, fetch=False)) / parameters
     reference = trained(config.reference.train.output, TRAIN * size) if config.reference else Work()
     receipts = [one for part in config.parts for place in part.scores for one in read_receipts(Layout(place)).values()]
     seconds = sum(sum(receipt.seconds.values()) for receipt in receipts)

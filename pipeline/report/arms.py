@@ -1,16 +1,17 @@
 """The runs of one experiment as their metrics tell them: curves, speed-ups and what was paid before they began."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from pipeline.experiment.cost import SCORE, TRAIN, first_reach
+from pipeline.experiment.cost import TRAIN, Cost, cost_of, first_reach
 from pipeline.report.chart import Point, short
 from pipeline.report.page import table
 from schemas.config import Config
-from schemas.receipt import Layout, read_receipts
+from schemas.errors import UserError
 from trainer.metrics import curve, read_metrics
 
 ARMS = {"clm": "CLM, every token", "random": "random tokens", "slm": "SLM, by excess loss"}
@@ -20,11 +21,15 @@ BINS = 80
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One training run as its metrics tell it; `curve` is (tokens seen, held-out target loss in nats)."""
+    """One training run as its metrics tell it; `curve` is (tokens seen, held-out target loss in nats).
+
+    cost: what it took, reference and scores included; None where the models that they are of are not to be had here.
+    """
 
     curve: list[Point]
     train: list[dict[str, Any]]
     finished: bool
+    cost: Cost | None = None
 
     @property
     def final(self) -> float:
@@ -32,42 +37,28 @@ class Arm:
         return self.curve[-1][1] if self.curve else math.nan
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Tokens processed before the live model's training begins; None: the reference was trained elsewhere."""
-
-    reference: int | None
-    scored: int
-
-    @property
-    def forwards(self) -> int:
-        """Forward-token equivalents."""
-        return TRAIN * (self.reference or 0) + SCORE * self.scored
-
-
-def read_arms(output: Path) -> dict[str, Arm]:
-    """The arms that have metrics, in the order of the report."""
+def read_arms(config: Config) -> dict[str, Arm]:
+    """The arms below `train.output` that have metrics, in the order of the report."""
     arms = {}
     for name in ARMS:
-        rows = read_metrics(output / name / "metrics.jsonl")
+        own = config.model_copy(update={"train": config.train.model_copy(update={"objective": name, "run": None})})
+        rows = read_metrics(own.train.folder / "metrics.jsonl")
         if rows:
-            finished = (output / name / "final" / "config.json").exists()
-            arms[name] = Arm(curve(rows, "target_loss"), [row for row in rows if row["kind"] == "train"], finished)
+            finished = (own.train.folder / "final" / "config.json").exists()
+            steps = [row for row in rows if row["kind"] == "train"]
+            cost = None
+            with suppress(UserError):
+                cost = cost_of(own)
+            arms[name] = Arm(curve(rows, "target_loss"), steps, finished, cost)
     return arms
 
 
-def read_cost(config: Config) -> Cost:
-    """What the reference and the scores cost, from the reference's metrics and the receipts."""
-    rows = read_metrics(config.reference.train.output / "metrics.jsonl") if config.reference else []
-    reference = max((row["tokens_seen"] for row in rows if row["kind"] == "train"), default=None)
-    every = [read_receipts(Layout(place)).values() for part in config.parts for place in part.scores]
-    return Cost(reference, sum(receipt.tokens for receipts in every for receipt in receipts))
-
-
-def compute_curve(name: str, arm: Arm, cost: Cost) -> list[Point]:
-    """The arm's curve against forward-token equivalents; only SLM pays for the reference and the scores."""
-    offset = cost.forwards if name == "slm" else 0
-    return [(offset + TRAIN * tokens, loss) for tokens, loss in arm.curve]
+def compute_curve(arm: Arm) -> list[Point]:
+    """The arm's curve against forward-token equivalents, reference and scores paid for before it begins."""
+    if arm.cost is None or not arm.train:
+        return []
+    each = arm.cost.live.forwards / arm.train[-1]["tokens_seen"]
+    return [(arm.cost.before.forwards + each * tokens, loss) for tokens, loss in arm.curve]
 
 
 def ratio(arms: dict[str, Arm], name: str) -> float | None:
@@ -140,21 +131,21 @@ def arms_table(arms: dict[str, Arm]) -> str:
     return table(head, rows)
 
 
-def compute_caption(arms: dict[str, Arm], cost: Cost) -> str:
+def compute_caption(arms: dict[str, Arm]) -> str:
     """What is counted, and whether selection pays when it is."""
-    counted = (
-        f"Unit: one forward over one token. Training costs {TRAIN} a token (a backward is two forwards)."
-        f" SLM's line starts at {short(cost.forwards)}: "
-    )
-    scoring = f"scoring the corpus, {SCORE} × {short(cost.scored)} tokens"
-    if cost.reference is None:
-        counted += f"{scoring}; the reference was not trained here, so its training is not counted."
-    else:
-        counted += f"training the reference, {TRAIN} × {short(cost.reference)} tokens, and {scoring}."
-    if "slm" not in arms or "clm" not in arms:
+    counted = f"Unit: one forward of the live model over one token. Training costs {TRAIN} a token (a backward is two forwards)."
+    if "slm" not in arms or not (cost := arms["slm"].cost):
         return counted
-    clm = first_reach(compute_curve("clm", arms["clm"], cost), arms["clm"].final)
-    slm = first_reach(compute_curve("slm", arms["slm"], cost), arms["clm"].final)
+    counted += (
+        f" SLM's line starts at {short(cost.before.forwards)}: scoring the corpus {short(cost.scoring.forwards)}, "
+    )
+    trained = short(cost.reference.forwards)
+    counted += (
+        f"training the reference {trained}." if cost.reference.forwards else "the reference was not trained here."
+    )
+    if "clm" not in arms:
+        return counted
+    clm, slm = (first_reach(compute_curve(arms[name]), arms["clm"].final) for name in ("clm", "slm"))
     if not clm or not slm:
         return f"{counted} There is no compute speed-up to state."
     verdict = f" Counted so, SLM came to CLM's final loss with {times(clm / slm, 'more compute', 'less compute')}"

@@ -8,12 +8,11 @@ from statistics import fmean, pvariance
 from typing import Any
 
 from pipeline.evaluate import FIGURES, WITH_TOOL, on_problems
-from pipeline.experiment.cost import SCORE, TRAIN
+from pipeline.experiment.cost import TRAIN
 from pipeline.report.arms import (
     ARMS,
     SHORT,
     Arm,
-    Cost,
     arms_caption,
     arms_table,
     compute_caption,
@@ -21,7 +20,6 @@ from pipeline.report.arms import (
     headline,
     left_out,
     read_arms,
-    read_cost,
     smooth,
 )
 from pipeline.report.chart import Series, chart, drawn, frame_of, short
@@ -33,7 +31,7 @@ from pipeline.report.tuned import Results, mean_curves, read_results, tuned_head
 from pipeline.suite.show import grid
 from schemas.config import Config
 from schemas.errors import UserError
-from schemas.receipt import Layout, read_dataset
+from schemas.receipt import Layout, read_dataset, read_receipts
 from schemas.seal import digest
 from schemas.store import write_atomic
 
@@ -46,7 +44,7 @@ def build_report(config: Config, results_folder: Path | None = None) -> Path:
     `results_folder`: an experiment's, by default `experiments/<name>` beside the config's root. Raises UserError if there
     is neither a trained arm nor such an experiment.
     """
-    arms = read_arms(config.train.output)
+    arms = read_arms(config)
     results = read_results(results_folder or config.root.parent / "experiments" / config.name)
     if results_folder and results is None:
         raise UserError(f"{results_folder}: has no results", "`tokensift experiment` writes summary.json there")
@@ -54,16 +52,15 @@ def build_report(config: Config, results_folder: Path | None = None) -> Path:
         raise UserError(
             f"train.output: {config.train.output} has no metrics of {', '.join(ARMS)}", "run `tokensift train` first"
         )
-    cost = read_cost(config)
     windows = judge_documents(config) if "slm" in arms and arms["slm"].finished else []
     moves = [read_moves(path.parent) for path in sorted(config.train.output.glob("*/dynamics.json"))]
     questions = [
         Question("Does it pay?", [*(tuned_sections(results) if results else []), *arm_sections(config, arms)]),
         Question("When?", [*band_sections(results), *curve_sections(arms)]),
-        Question("What does it cost?", cost_sections(arms, cost)),
+        Question("What does it cost?", cost_sections(arms)),
         Question("What is selected?", selected_sections(config, arms, moves, windows)),
         Question("Which tokens are learnt?", [section for found in moves for section in dynamics_sections(found)]),
-        Question("What it was made from", [Section("This page", "", definitions(origin(config, cost)))]),
+        Question("What it was made from", [Section("This page", "", definitions(origin(config)))]),
     ]
     path = config.train.output / "report.html"
     first = tuned_headline(results) if results else untuned(headline(arms))
@@ -159,26 +156,30 @@ def token_drawing(arms: dict[str, Arm], results: Results | None) -> str:
     return drawn(_series(arms), "tokens seen", Y, _level(arms)) if any(arm.curve for arm in arms.values()) else ""
 
 
-def cost_sections(arms: dict[str, Arm], cost: Cost) -> list[Section]:
+def cost_sections(arms: dict[str, Arm]) -> list[Section]:
     """The same curves by compute, and the parts of the sum."""
+    title = "The same by compute"
     if not any(arm.curve for arm in arms.values()):
         return []
-    series = [Series(SHORT[name], name, compute_curve(name, arm, cost)) for name, arm in arms.items()]
+    if any(arm.cost is None for arm in arms.values()):
+        return [
+            Section(title, "Not counted: base or reference, whose sizes it depends on, are not on this machine.", "")
+        ]
+    series = [Series(SHORT[name], name, compute_curve(arm)) for name, arm in arms.items()]
     html = chart(series, "compute (forward-token equivalents)", Y, _level(arms))
-    return [Section("The same by compute", compute_caption(arms, cost), html), *bill_sections(arms, cost)]
+    return [Section(title, compute_caption(arms), html), *bill_sections(arms)]
 
 
-def bill_sections(arms: dict[str, Arm], cost: Cost) -> list[Section]:
+def bill_sections(arms: dict[str, Arm]) -> list[Section]:
     """What a run costs by parts, alone and where several share the scores."""
-    if "slm" not in arms or not arms["slm"].train:
+    if "slm" not in arms or not (cost := arms["slm"].cost) or not arms["slm"].train:
         return []
-    live = TRAIN * arms["slm"].train[-1]["tokens_seen"]
-    reference, scoring = TRAIN * (cost.reference or 0), SCORE * cost.scored
-    rows = [("", ("CLM of that length", "-", "-", short(live), short(live), "1.00×"))]
+    plain = TRAIN * arms["slm"].train[-1]["tokens_seen"]
+    rows = [("", ("CLM of that length", "-", "-", short(plain), short(plain), "1.00×"))]
     for runs, name in ((1, "SLM, one run"), (3, "SLM, each of three runs"), (10, "SLM, each of ten runs")):
-        total = live + (reference + scoring) / runs
-        parts = (short(reference / runs), short(scoring / runs), short(live), short(total))
-        rows.append(("slm", (name, *parts, f"{total / live:.2f}×")))
+        total = cost.total(runs).forwards
+        parts = (cost.reference.forwards / runs, cost.scoring.forwards / runs, cost.live.forwards, total)
+        rows.append(("slm", (name, *map(short, parts), f"{total / plain:.2f}×")))
     head = ("run", "reference", "scoring", "training", "in all", "against CLM")
     caption = (
         "Forward-token equivalents of a run of the same length. The reference is trained and the corpus scored once."
@@ -236,17 +237,17 @@ def contrast(kept: Sequence[bool], stretch: int = 16) -> float:
     return pvariance([fmean(kept[start : start + stretch]) for start in range(0, len(kept), stretch)])
 
 
-def origin(config: Config, cost: Cost) -> list[tuple[str, str]]:
+def origin(config: Config) -> list[tuple[str, str]]:
     """Names and settings that the page was made from."""
     places = [place for part in config.parts for place in part.scores]
     layouts = [Layout(place) for place in places]
     scores = ", ".join(digest(read_dataset(one)) if one.dataset.exists() else "no score dataset" for one in layouts)
-    reference = "trained elsewhere" if cost.reference is None else f"{cost.reference:,} training tokens"
+    scored = sum(receipt.tokens for one in layouts for receipt in read_receipts(one).values())
     return [
         ("experiment", config.name),
         ("base", config.base),
-        ("reference", f"{config.score.model} ({reference})"),
-        ("scores", f"{', '.join(map(str, places))}, fingerprint {scores}, {cost.scored:,} tokens"),
+        ("reference", config.score.model),
+        ("scores", f"{', '.join(map(str, places))}, fingerprint {scores}, {scored:,} tokens"),
         ("selection", f"top {config.train.keep:.0%} by {config.train.scope}, seed {config.train.seed}"),
         ("learning rate", f"{config.train.learning_rate:g}, all arms of this config"),
     ]

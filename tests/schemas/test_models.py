@@ -287,8 +287,8 @@ def test_a_repository_is_fetched_without_pickles_and_what_the_hub_says_is_passed
 ) -> None:
     asked: list[Any] = []
 
-    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns, revision))
+    def fetch(name: str, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((name, allow_patterns, revision, local_files_only))
         if name == "a/gone":
             raise OSError("no such repository\nmore")
         return str(tmp_path)
@@ -297,6 +297,7 @@ def test_a_repository_is_fetched_without_pickles_and_what_the_hub_says_is_passed
     assert local_model("a/model", "score.model") == tmp_path
     assert asked[0][0] == "a/model" and "*.safetensors" in asked[0][1] and asked[0][2] is None
     assert local_model("a/model@refs/pr/3") == tmp_path and asked[1][::2] == ("a/model", "refs/pr/3")
+    assert local_model("a/model", fetch=False) == tmp_path and [one[3] for one in asked] == [False, False, True]
     assert not any(Path(name).match(pattern) for pattern in asked[0][1] for name in ("a.bin", "a.pt", "a.py"))
     assert said(local_model, "a/gone", "score.model") == (
         "score.model: `a/gone` is neither a local folder nor to be had from the hub (no such repository)",

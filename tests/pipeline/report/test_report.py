@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,18 +20,17 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pipeline.dynamics import dynamics
-from pipeline.experiment.cost import first_reach
+from pipeline.experiment.cost import Cost, Work, first_reach
 from pipeline.report.arms import (
     Arm,
-    Cost,
     compute_caption,
     compute_curve,
     headline,
     ratio,
-    read_cost,
+    read_arms,
     smooth,
 )
-from pipeline.report.build import build_report, contrast, origin
+from pipeline.report.build import bill_sections, build_report, contrast, origin
 from pipeline.report.chart import short, ticks
 from pipeline.report.page import SCRIPT
 from pipeline.report.text import judge_documents
@@ -170,17 +170,31 @@ def test_the_headline_says_who_reached_clm_and_who_did_not() -> None:
     assert "Not finished: SLM" in headline(arms | {"slm": Arm(losses_of("slm"), [], False)})
 
 
+def costing(reference: float, scoring: float, live: float, tokens: float) -> Arm:
+    """An arm without a curve that took so many forwards for so many tokens."""
+    cost = Cost(Work(reference), Work(scoring), Work(live), parameters=1)
+    return Arm([], [{"tokens_seen": tokens}], True, cost)
+
+
 def test_slm_alone_pays_for_the_reference_and_the_scores() -> None:
-    arm, cost = Arm([(0, 3.0), (10, 2.0)], [], True), Cost(reference=100, scored=50)
-    assert compute_curve("slm", arm, cost) == [(350, 3.0), (380, 2.0)]
-    assert compute_curve("clm", arm, cost) == compute_curve("random", arm, cost) == [(0, 3.0), (30, 2.0)]
+    paying = costing(reference=300, scoring=50, live=40, tokens=10)
+    assert compute_curve(replace(paying, curve=[(0, 3.0), (10, 2.0)])) == [(350, 3.0), (390, 2.0)]
+    assert compute_curve(replace(paying, cost=None)) == []
+    arms = {"slm": paying}
+    assert "starts at 350: scoring the corpus 50, training the reference 300" in compute_caption(arms)
+    (bill,) = bill_sections(arms)
+    assert "13.00×" in bill.html and f"{(40 + 350 / 3) / 30:.2f}×" in bill.html  # against three forwards a token
 
 
 def test_a_compute_slow_down_is_told() -> None:
-    arms = {name: Arm(losses_of(name), [], True) for name in SPEED}
-    assert "does not pay" in compute_caption(arms, Cost(10**9, 10**9))
-    assert "less compute" in compute_caption(arms, Cost(10, 10))
-    assert "not counted" in compute_caption(arms, Cost(None, 10))
+    def caption(reference: float) -> str:
+        end = losses_of("clm")[-1][0]
+        arms = {name: costing(reference * (name == "slm"), 10 * (name == "slm"), 3 * end, end) for name in SPEED}
+        return compute_caption({name: replace(arm, curve=losses_of(name)) for name, arm in arms.items()})
+
+    assert "does not pay" in caption(3e9)
+    assert "less compute" in caption(30)
+    assert "the reference was not trained here" in caption(0)
 
 
 def test_smoothing_keeps_the_mean_and_leaves_out_what_is_missing() -> None:
@@ -265,6 +279,11 @@ def test_the_dynamics_of_any_run_and_the_models_accuracy_are_on_the_page(experim
         assert part in text
 
 
+def test_a_page_whose_base_is_on_another_machine_counts_no_compute_and_says_so(experiment: Config) -> None:
+    text = build_report(experiment.model_copy(update={"base": "nowhere/at-all"})).read_text()
+    assert "Not counted: base or reference" in text and "SLM reached" in text
+
+
 @pytest.mark.parametrize("arm", ["clm", "random", "slm"])
 def test_a_missing_arm_is_left_out(experiment: Config, arm: str) -> None:
     shutil.rmtree(experiment.train.output / arm)
@@ -281,11 +300,12 @@ def test_an_experiment_without_held_out_text_still_has_a_page(experiment: Config
 
 def test_every_score_dataset_that_a_run_read_is_named_and_paid_for(experiment: Config) -> None:
     path = experiment.score.output
-    alone = read_cost(experiment)
     parts = [Part(scores=[path], weight=2), Part(scores=[path, path], weight=1)]
     mixed = experiment.model_copy(update={"train": experiment.train.model_copy(update={"mixture": parts})})
-    assert read_cost(mixed).scored == 3 * alone.scored > 0
-    assert dict(origin(mixed, alone))["scores"].count(str(path)) == 3
+    costs = [{name: arm.cost for name, arm in read_arms(one).items() if arm.cost} for one in (experiment, mixed)]
+    assert costs[1]["slm"].scoring.forwards == 3 * costs[0]["slm"].scoring.forwards > 0
+    assert costs[0]["clm"].before == Work()
+    assert dict(origin(mixed))["scores"].count(str(path)) == 3
     twice = experiment.model_copy(update={"train": experiment.train.model_copy(update={"scores": [path, path]})})
     assert judge_documents(experiment) and not judge_documents(twice)
 

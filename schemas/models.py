@@ -109,8 +109,9 @@ def local_model(name: str, field: str = "model", fetch: bool = True) -> Path:
     from huggingface_hub import snapshot_download  # only the hub path needs a network client
 
     try:
-        files = list(MODEL_FILES)
-        found = snapshot_download(repository, revision=revision, allow_patterns=files, local_files_only=not fetch)
+        found = snapshot_download(
+            repository, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=not fetch
+        )
         return Path(found)
     except RevisionNotFoundError as error:
         raise UserError(f"{field}: `{name}`: {repository} has no such revision", "mend what follows the @") from error

@@ -175,7 +175,9 @@ def bill_sections(arms: dict[str, Arm]) -> list[Section]:
     if "slm" not in arms or not (cost := arms["slm"].cost) or not arms["slm"].train:
         return []
     plain = TRAIN * arms["slm"].train[-1]["tokens_seen"]
-    rows = [("", ("CLM of that length", "-", "-", short(plain), short(plain), "1.00×"))]
+    rows: list[tuple[str, Sequence[str]]] = [
+        ("", ("CLM of that length", "-", "-", short(plain), short(plain), "1.00×"))
+    ]
     for runs, name in ((1, "SLM, one run"), (3, "SLM, each of three runs"), (10, "SLM, each of ten runs")):
         total = cost.total(runs).forwards
         parts = (cost.reference.forwards / runs, cost.scoring.forwards / runs, cost.live.forwards, total)

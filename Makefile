@@ -66,7 +66,7 @@ test-all: setup  ## the laws, with the slow ones
 	.venv/bin/python -m pytest -n $(TESTERS) --dist loadfile -m ''
 
 test-vllm: setup vllm  ## law 5 and equal bytes in vllm's environment, and workers started in it
-	.venv-vllm/bin/python -m pytest tests/score_jobs/test_vllm.py tests/pipeline/test_generate.py tests/pipeline/suite/test_vllm.py
+	.venv-vllm/bin/python -m pytest tests/score_jobs/test_vllm.py tests/pipeline/evaluation/test_generate.py tests/pipeline/suite/test_vllm.py
 	.venv/bin/python -m pytest -m '' tests/score_jobs/test_vllm_workers.py
 
 lint: setup      ## ruff and pyright

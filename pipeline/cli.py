@@ -341,7 +341,7 @@ def eval_(
         return run_suite(loaded, models or [], suite, backend, limit, data, json_, output, follow)
     if limit or data or output or follow:
         raise UserError("--limit, --data, --output, --follow: they are options of --suite", "add e.g. --suite demo")
-    from pipeline.evaluate import Asking, evaluate_models, print_figures
+    from pipeline.evaluation.evaluate import Asking, evaluate_models, print_figures
 
     rows = evaluate_models(loaded, models or [], show=not json_, asking=Asking(backend, tool, rounds))
     if json_:

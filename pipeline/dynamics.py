@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.heldout import Continuations, read_rows
+from pipeline.evaluation.heldout import Continuations, read_rows
 from pipeline.inspect import spell
 from pipeline.progress import bar, console
 from pipeline.train import prepared

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from pipeline.evaluate import TargetLoss
+from pipeline.evaluation.evaluate import TargetLoss
 from pipeline.progress import console, say
 from pipeline.train import prepared
 from schemas.config import Config

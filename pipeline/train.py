@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluate import HeldOutLosses
+from pipeline.evaluation.evaluate import HeldOutLosses
 from pipeline.progress import bar, say
 from pipeline.tokens import tokenised
 from schemas.config import Config, Train

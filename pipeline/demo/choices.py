@@ -1,4 +1,4 @@
-"""Problems with a right result and three wrong ones, for ranking by likelihood (`pipeline.ranking`)."""
+"""Problems with a right result and three wrong ones, for ranking by likelihood (`pipeline.evaluation.ranking`)."""
 
 import random
 import re

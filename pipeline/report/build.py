@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
 
-from pipeline.evaluate import FIGURES, WITH_TOOL, on_problems
+from pipeline.evaluation.evaluate import FIGURES, WITH_TOOL, on_problems
 from pipeline.experiment.cost import TRAIN
 from pipeline.report.arms import (
     ARMS,

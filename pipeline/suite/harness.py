@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.generate import load_by_vllm
+from pipeline.evaluation.generate import load_by_vllm
 from pipeline.suite.data import fetched
 from pipeline.suite.suites import DEMO, FOLDERS, Column, Suite
 from pipeline.suite.tasks import TASKS, unavailable

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluate import chosen_models
+from pipeline.evaluation.evaluate import chosen_models
 from pipeline.progress import console, say
 from pipeline.suite.harness import BACKENDS, evaluate_suite
 from pipeline.suite.show import grid, markdown, text

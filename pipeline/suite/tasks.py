@@ -4,7 +4,7 @@ Word problems go after the eight worked examples of Wei et al. (2022), MATH afte
 MMLU-STEM and SAT after these four with choices; greedy, at most 1024 tokens, ended by the next "Question:" or "Problem:".
 The examples' text is read from lm-eval's own files. Minerva's stand there as published; the paper's harness has doubled
 backslashes in three of them. MathQA's four are the first of its train split: those of the paper's harness are its own.
-Answers are graded by value (`pipeline.grading`), choices by their letter, programs by their tests in the sandbox.
+Answers are graded by value (`pipeline.evaluation.grading`), choices by their letter, programs by their tests in the sandbox.
 """
 
 import ast
@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.grading import final_answer, same_answer
-from pipeline.sandbox import Sandbox
+from pipeline.evaluation.grading import final_answer, same_answer
+from pipeline.evaluation.sandbox import Sandbox
 from schemas.errors import UserError, first_line
 
 DEMO = "tokensift/demo"

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.demo.chats import build
+from pipeline.evaluation.responses import ResponseLoss
 from pipeline.finetune import finetune
-from pipeline.responses import ResponseLoss
 from pipeline.train import train_live
 from pipeline.verify import verify
 from schemas.config import load_config

@@ -18,13 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import sandbox
-from pipeline.sandbox import MIB, Outcome, Sandbox
-from pipeline.syscalls import ALLOWED
+from pipeline.evaluation import sandbox
+from pipeline.evaluation.sandbox import MIB, Outcome, Sandbox
+from pipeline.evaluation.syscalls import ALLOWED
 from schemas.errors import UserError
-from tests.pipeline.attacks import CALLS, FILES, FORKS, GREED, NETWORK, PRELUDE, PROCESSES, STUBBORN, Attack
+from tests.pipeline.evaluation.attacks import CALLS, FILES, FORKS, GREED, NETWORK, PRELUDE, PROCESSES, STUBBORN, Attack
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SECRET = "the-secret-of-the-test"
 MEMORY, DISK, OUTPUT = 512 * MIB, 16 * MIB, 64 << 10
 NO_FILTER = struct.pack("HBBI", 6, 0, 0, 0x7FFF0000)  # one instruction: every call is allowed
@@ -254,9 +254,7 @@ def of_disk(size: int) -> list[psutil.Process]:
 
 def test_a_sandbox_ends_with_the_process_that_started_it() -> None:
     made()
-    code = (
-        f"from pipeline.sandbox import Sandbox; Sandbox(1000, disk=7_654_333).run({'import time; time.sleep(1000)'!r})"
-    )
+    code = f"from pipeline.evaluation.sandbox import Sandbox; Sandbox(1000, disk=7_654_333).run({'import time; time.sleep(1000)'!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_until(lambda: len(of_disk(7_654_333)) >= 3)  # two of bubblewrap, and the program's
     time.sleep(0.5)  # by now it has most likely told its parent that it began
@@ -331,7 +329,7 @@ def test_where_the_kernel_forbids_namespaces_nothing_is_run(monkeypatch: pytest.
 
 def test_root_of_a_container_that_knows_no_other_user_has_a_sandbox_too() -> None:
     made()
-    code = "from pipeline.sandbox import Sandbox; box = Sandbox(); print(box.root, box.run('print(6 * 7)').stdout)"
+    code = "from pipeline.evaluation.sandbox import Sandbox; box = Sandbox(); print(box.root, box.run('print(6 * 7)').stdout)"
     contained = ["unshare", "--user", "--map-root-user"]
     if shutil.which("unshare") is None or subprocess.run([*contained, "true"], capture_output=True).returncode:
         pytest.skip("no user namespace within this one")

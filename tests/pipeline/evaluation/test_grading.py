@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import grading
-from pipeline.grading import Judge, cleaned, final_answer, same_answer
+from pipeline.evaluation import grading
+from pipeline.evaluation.grading import Judge, cleaned, final_answer, same_answer
 from schemas.errors import UserError
 
 TABLE = Path(__file__).with_name("grading_pairs.tsv")
@@ -163,7 +163,7 @@ def test_without_math_verify_the_way_on_is_told(monkeypatch: pytest.MonkeyPatch)
 def test_a_grader_that_does_not_start_is_told_instead_of_grading_all_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "_judge", Judge())
     monkeypatch.setattr(grading, "sys", SimpleNamespace(executable="/bin/false"))
-    with pytest.raises(UserError, match=r"does not start; `/bin/false -m pipeline\.verdict 3\.0` says why"):
+    with pytest.raises(UserError, match=r"does not start; `/bin/false -m pipeline\.evaluation\.verdict 3\.0` says why"):
         same_answer("2x", "x+x")
 
 
@@ -199,5 +199,5 @@ def test_the_answer_is_what_a_completion_ends_in(text: str, answer: str) -> None
 
 
 def test_grading_does_not_load_sympy_into_the_asker() -> None:
-    code = "import sys; from pipeline.grading import same_answer; assert same_answer('2x', 'x+x'); assert 'sympy' not in sys.modules"
+    code = "import sys; from pipeline.evaluation.grading import same_answer; assert same_answer('2x', 'x+x'); assert 'sympy' not in sys.modules"
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cli import main
-from pipeline.heldout import Continuations
-from pipeline.ranking import Ranking, preferred, standard_errors
+from pipeline.evaluation.heldout import Continuations
+from pipeline.evaluation.ranking import Ranking, preferred, standard_errors
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.forward import Opened

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pipeline.syscalls import ALLOWED, allow
+from pipeline.evaluation.syscalls import ALLOWED, allow
 from schemas.errors import UserError
 
 GIB, MIB = 1 << 30, 1 << 20

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.heldout import Continuations, read_rows
+from pipeline.evaluation.heldout import Continuations, read_rows
 from schemas.config import Context
 from schemas.errors import UserError
 from trainer.live import Live

@@ -1,4 +1,4 @@
-"""math-verify in a process of its own: `python -m pipeline.verdict SECONDS` answers each JSON line it reads with one.
+"""math-verify in a process of its own: `python -m pipeline.evaluation.verdict SECONDS` answers each JSON line it reads with one.
 
 ["same", one, other]: whether two answers are worth the same. ["last", text]: its last formula or number. A question that
 takes more than so many seconds of CPU time ends the process, by a signal that no library can hold back: a power of powers is one call
@@ -16,7 +16,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from pipeline.grading import number_of, rounds_to
+from pipeline.evaluation.grading import number_of, rounds_to
 
 MOST_BYTES = 2 << 30  # of address space
 DIGITS = 30

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from pipeline.generate import Generator, HuggingFace, Vllm
-from pipeline.grading import final_answer, same_answer
-from pipeline.heldout import Continuations, read_rows
+from pipeline.evaluation.generate import Generator, HuggingFace, Vllm
+from pipeline.evaluation.grading import final_answer, same_answer
+from pipeline.evaluation.heldout import Continuations, read_rows
+from pipeline.evaluation.ranking import Ranking
+from pipeline.evaluation.responses import ResponseLoss
+from pipeline.evaluation.sandbox import Sandbox
+from pipeline.evaluation.tool_use import ROUNDS, solve
 from pipeline.progress import bar, console
-from pipeline.ranking import Ranking
-from pipeline.responses import ResponseLoss
-from pipeline.sandbox import Sandbox
-from pipeline.tool_use import ROUNDS, solve
 from schemas.config import Config, Context
 from schemas.errors import UserError
 from schemas.models import local_model, open_model, open_tokenizer, positions

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pipeline.generate import Generator
-from pipeline.grading import final_answer
-from pipeline.sandbox import Outcome, Sandbox
+from pipeline.evaluation.generate import Generator
+from pipeline.evaluation.grading import final_answer
+from pipeline.evaluation.sandbox import Outcome, Sandbox
 
 OUTPUT = "```output"
 STOPS = (OUTPUT, "\n\n---")  # after the second, examples of a prompt go on with the next one

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.evaluate import HeldOutLosses, TargetLoss, evaluate_models, exact_match
-from pipeline.generate import HuggingFace
-from pipeline.heldout import read_rows
+from pipeline.evaluation.evaluate import HeldOutLosses, TargetLoss, evaluate_models, exact_match
+from pipeline.evaluation.generate import HuggingFace
+from pipeline.evaluation.heldout import read_rows
 from schemas.config import Config
 from schemas.errors import UserError
 from schemas.forward import Opened

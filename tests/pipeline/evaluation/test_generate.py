@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.generate import HuggingFace, Speller, Vllm, batches
+from pipeline.evaluation.generate import HuggingFace, Speller, Vllm, batches
 from schemas.config import Context
 
 PROMPTS = [

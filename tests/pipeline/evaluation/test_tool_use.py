@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate import Asking, evaluate_models, on_problems, tool_match
+from pipeline.evaluation.evaluate import Asking, evaluate_models, on_problems, tool_match
+from pipeline.evaluation.sandbox import MIB, Sandbox
+from pipeline.evaluation.tool_use import Answer, program_of, solve
 from pipeline.report.build import accuracy_section
-from pipeline.sandbox import MIB, Sandbox
-from pipeline.tool_use import Answer, program_of, solve
 from schemas.config import Config
 from schemas.errors import UserError
 

@@ -1,7 +1,7 @@
 """Answers: which one a completion ends in, and whether two are worth the same.
 
 Plain numbers and words are compared here. All else is math-verify's to judge, in a process of its own
-(`pipeline.verdict`), so that no expression hangs or fills this one, whatever thread asks.
+(`pipeline.evaluation.verdict`), so that no expression hangs or fills this one, whatever thread asks.
 """
 
 import atexit
@@ -185,7 +185,7 @@ class Judge:
         self.owner, self.lock = 0, threading.Lock()
 
     def ask(self, *question: str) -> Any:
-        """What `pipeline.verdict` answers; None if it died of the question."""
+        """What `pipeline.evaluation.verdict` answers; None if it died of the question."""
         with self.lock:
             process = self._running()
             assert process.stdin and process.stdout
@@ -206,11 +206,11 @@ class Judge:
         if self.process is None or self.owner != os.getpid():
             if find_spec("math_verify") is None:
                 raise UserError("math-verify, which grades answers, is not installed", "pip install 'tokensift[eval]'")
-            command = [sys.executable, "-m", "pipeline.verdict", str(self.seconds)]
+            command = [sys.executable, "-m", "pipeline.evaluation.verdict", str(self.seconds)]
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                cwd=Path(__file__).resolve().parents[1], encoding="utf-8", env=os.environ | ONE_THREAD,
+                cwd=Path(__file__).resolve().parents[2], encoding="utf-8", env=os.environ | ONE_THREAD,
             )  # fmt: skip
             self.owner = os.getpid()
             assert self.process.stdout

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.heldout import read_rows
+from pipeline.evaluation.heldout import read_rows
 from schemas.config import Config
 from schemas.conversation import TURN_COLUMNS, Piece, encode_conversation, read_messages, templated
 from schemas.errors import UserError

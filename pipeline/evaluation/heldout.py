@@ -41,19 +41,31 @@ class Continuations:
         """The tokens that are judged, pair by pair."""
         return [window[self.starts[number] :].tolist() for number, window in self.windows.items()]
 
-    @torch.no_grad()
     def losses(self, live: Live) -> dict[int, np.ndarray]:
         """Float32 nats of the tokens of each text, given the prompt and the text before them."""
-        device = next(live.parameters()).device
-        numbers, windows = list(self.windows), list(self.windows.values())
-        found: dict[int, np.ndarray] = {}
-        for indices, batch in live.opened.collated(windows, self.window, self.batch_tokens):
-            members = [numbers[index] for index in indices]
-            for number, place in zip(members, batch.places, strict=True):
-                batch.targets[place.row, place.start : place.start + self.starts[number] - 1] = IGNORE
-            judged = batch.gather(live(batch.to(device), choose_none).losses)
-            found |= {number: values[self.starts[number] :] for number, values in zip(members, judged, strict=True)}
-        return found
+        judged = [np.arange(len(window)) >= self.starts[number] for number, window in self.windows.items()]
+        found = judged_losses(live, list(self.windows.values()), judged, self.window, self.batch_tokens)
+        return dict(zip(self.windows, found, strict=True))
+
+
+@torch.no_grad()
+def judged_losses(
+    live: Live, windows: Sequence[np.ndarray], judged: Sequence[np.ndarray], longest: int, batch_tokens: int
+) -> list[np.ndarray]:
+    """Float32 nats of some tokens of each window, given all before them.
+
+    windows: token ids, none longer than `longest`. judged: masks of the windows, false at their first tokens.
+    """
+    device = next(live.parameters()).device
+    found = [np.empty(0, np.float32)] * len(windows)
+    for indices, batch in live.opened.collated(windows, longest, batch_tokens):
+        for index, place in zip(indices, batch.places, strict=True):
+            rest = torch.from_numpy(~judged[index][1:])  # a target is the token after its place
+            batch.targets[place.row, place.start : place.start + len(rest)][rest] = IGNORE
+        losses = batch.gather(live(batch.to(device), choose_none).losses)
+        for index, values in zip(indices, losses, strict=True):
+            found[index] = values[judged[index]]
+    return found
 
 
 def read_rows(path: Path, field: str, keys: tuple[str, ...], more: tuple[str, ...] = ()) -> list[dict[str, Any]]:

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from pipeline.evaluation.heldout import read_rows
+from pipeline.evaluation.heldout import judged_losses, read_rows
 from schemas.config import Config
-from schemas.conversation import TURN_COLUMNS, Piece, encode_conversation, read_messages, templated
+from schemas.conversation import TURN_COLUMNS, encode_conversation, read_messages, templated
 from schemas.errors import UserError
-from trainer.live import Live, choose_none
+from trainer.live import Live
 
 
 class ResponseLoss:
@@ -27,23 +26,18 @@ class ResponseLoss:
         if column is None:
             raise UserError("eval.conversations: there is no corpus.messages", "name the column of messages there")
         templated(tokenizer, config.corpus)
-        self.pieces: list[Piece] = []
+        self.windows, self.judged = list[np.ndarray](), list[np.ndarray]()
         for number, row in enumerate(read_rows(path, "eval.conversations", (), (column, *TURN_COLUMNS)), 1):
             messages = read_messages(row, column)
             window = config.context.window
             found = messages if isinstance(messages, str) else encode_conversation(tokenizer, messages, window)
             if isinstance(found, str):
                 raise UserError(f"{path}:{number}: {found}", "mend eval.conversations")
-            self.pieces += found
+            self.windows += [piece.tokens for piece in found]
+            self.judged += [piece.trained for piece in found if piece.trained is not None]  # conversations' all have it
         self.window, self.batch_tokens = config.context.window, max(config.context.window, config.eval.batch_tokens)
 
-    @torch.no_grad()
     def __call__(self, live: Live) -> dict[str, float]:
         """`response_loss` in nats/token."""
-        device, judged = next(live.parameters()).device, list[np.ndarray]()
-        windows = [piece.tokens for piece in self.pieces]
-        for numbers, batch in live.opened.collated(windows, self.window, self.batch_tokens):
-            found = batch.gather(live(batch.to(device), choose_none).losses)
-            judged += [losses[self.pieces[n].trained] for n, losses in zip(numbers, found, strict=True)]
-        losses = np.concatenate(judged)
+        losses = np.concatenate(judged_losses(live, self.windows, self.judged, self.window, self.batch_tokens))
         return {"response_loss": float(losses.sum(dtype=np.float64)) / len(losses)}

@@ -107,11 +107,11 @@ def test_the_loss_of_responses_is_that_of_labels_of_minus_100(talks, tiny_model,
     measure = ResponseLoss(tmp_path / "held.jsonl", tokenizer, talks)
     found = measure(Live(open_model(tiny_model, "base", 64)))["response_loss"]
     model, sums = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), []
-    for piece in measure.pieces:
-        labels = torch.from_numpy(np.where(piece.trained, piece.tokens, -100))[None]
+    for tokens, judged in zip(measure.windows, measure.judged, strict=True):
+        labels = torch.from_numpy(np.where(judged, tokens, -100))[None]
         with torch.no_grad():
-            mean = model(input_ids=torch.from_numpy(piece.tokens)[None], labels=labels).loss
-        sums.append((float(mean) * int(piece.trained.sum()), int(piece.trained.sum())))
+            mean = model(input_ids=torch.from_numpy(tokens)[None], labels=labels).loss
+        sums.append((float(mean) * int(judged.sum()), int(judged.sum())))
     assert abs(found - sum(loss for loss, _ in sums) / sum(count for _, count in sums)) < 1e-4
     (tmp_path / "held.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(UserError, match=r"held\.jsonl:1: `messages` holds nothing"):

@@ -127,7 +127,7 @@ def loss_at(points: Points, cost: float) -> float | None:
     """The loss that a curve has at `cost`, linear in the logarithm of cost between its points; None outside of them."""
     for (low, high_loss), (high, low_loss) in zip(points, points[1:], strict=False):
         if low <= cost <= high:
-            share = math.log(cost / low) / math.log(high / low)
+            share = math.log(cost / low) / math.log(high / low) if high > low else 1.0  # two runs as long as each other
             return high_loss + share * (low_loss - high_loss)
     return None
 

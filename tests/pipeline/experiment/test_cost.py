@@ -95,3 +95,4 @@ def test_between_finished_runs_of_several_lengths_loss_is_linear_in_the_logarith
     assert decayed_reach(points, 4.5) == pytest.approx(200.0) and decayed_reach(points, 3.75) == pytest.approx(800.0)
     assert decayed_reach(points, 3.0) is None and decayed_reach(points, 6.0) == pytest.approx(100.0)
     assert math.isclose(loss_at(points, 1600.0) or 0, 3.5)
+    assert loss_at([(100.0, 5.0), (100.0, 4.5)], 100.0) == 4.5  # runs too short to differ in steps

@@ -39,8 +39,12 @@ class Results:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """Of the arms that select by excess loss the one that is best on validation text, of those judged on most replicates."""
+        """Of the arms that select by excess loss the one that is best on validation text, of those judged on most replicates.
+
+        Arms that took another's rate, or go on from another, are left out.
+        """
         slm = {row["arm"] for row in self.runs if row["objective"] == "slm"}
+        slm = {name for name in slm if not any(self.settings[name].get(other) for other in ("like", "after"))}
         own = [arm for arm in self.arms if arm["arm"] in slm]
         most = max((arm["validation"]["n"] for arm in own), default=0)
         found = [arm for arm in own if arm["validation"]["n"] == most]

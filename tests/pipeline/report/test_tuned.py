@@ -76,6 +76,16 @@ def test_the_first_line_is_the_tuned_comparison_with_its_spread_and_its_compute(
     assert "with about as many tokens, both" in tuned_headline(results)
 
 
+@pytest.mark.parametrize("other", ["like", "after"])
+def test_an_arm_that_was_not_tuned_from_the_base_is_not_what_the_first_line_speaks_of(
+    tmp_path: Path, other: str
+) -> None:
+    results = read_results(write_experiment(tmp_path / "demo"))
+    assert results and results.best and results.best["arm"] == "slm-0.3"
+    results.settings["slm-0.3"][other] = "slm-0.6"
+    assert results.best["arm"] == "slm-0.6"
+
+
 def test_an_arm_judged_on_fewer_replicates_is_not_the_best_however_easy_these_were(tmp_path: Path) -> None:
     results = read_results(write_experiment(tmp_path / "demo"))
     assert results and results.best

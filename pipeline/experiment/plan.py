@@ -219,8 +219,17 @@ def choices_of(experiment: Experiment, losses: Mapping[Run, float]) -> dict[str,
 def wanted(experiment: Experiment, losses: Mapping[Run, float]) -> list[Run]:
     """The runs that are missing and can be named now, in the order they should be made: tuning, arms, other lengths.
 
-    losses: validation nats of the finished runs; infinite where training broke down.
+    losses: validation nats of the finished runs; infinite where training broke down. What comes after an arm waits until that
+    one's point is chosen: before, it is not known which model it starts from.
     """
+    choices = choices_of(experiment, losses)
+    return [
+        run for run in missing(experiment, losses) if (experiment.arms[run.arm].after or run.arm) in {run.arm, *choices}
+    ]
+
+
+def missing(experiment: Experiment, losses: Mapping[Run, float]) -> list[Run]:
+    """As `wanted`, with what waits for a choice."""
     choices = choices_of(experiment, losses)
     tuning = [
         run for name, arm in experiment.arms.items() if not arm.like for run in tuned(experiment, name, losses)[1]
@@ -251,7 +260,7 @@ def ready(experiment: Experiment, runs: Iterable[Run], losses: Mapping[Run, floa
 
 def left(experiment: Experiment, losses: Mapping[Run, float]) -> int:
     """How many runs are still to be made, those of arms that are not tuned yet included; without growth of grids."""
-    runs = wanted(experiment, losses)
+    runs = missing(experiment, losses)
     seeds = len(experiment.replicates)
     untuned = experiment.arms.keys() - choices_of(experiment, losses).keys()
     later = sum(seeds * (1 + len(experiment.lengths.get(name, []))) for name in untuned)

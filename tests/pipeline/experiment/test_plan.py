@@ -114,6 +114,17 @@ def test_an_arm_after_another_waits_for_that_ones_model_and_starts_from_it() -> 
         assert Path(config.base) == config_of(made, DEMO, first, {}).train.folder / "final"
 
 
+def test_an_arm_after_another_that_is_tuned_itself_is_not_named_before_that_ones_point_is_chosen() -> None:
+    made = experiment(arms={"slm": {}, "then": {"after": "slm"}}, baseline="slm", extend=0)
+    assert {run.arm for run in wanted(made, {})} == {"slm"} and left(made, {}) == 10
+    losses = {run: abs(dict(run.point)[RATE] - 2) for run in wanted(made, {})}
+    then = [run for run in wanted(made, losses) if run.arm == "then"]
+    bases = {config_of(made, DEMO, run, choices_of(made, losses)).base for run in then if run.seed == 0}
+    assert then and {Path(base).parent.name for base in bases} == {"slm_learning_rate-2"}
+    _, order = finish(made, lambda run: abs(dict(run.point)[RATE] - 2))
+    assert len(order) == left(made, {})
+
+
 def test_a_runs_config_is_the_base_config_with_its_replicates_arms_and_points_fields() -> None:
     scores = {"self": {"score.entropy": True}}
     arms = {"clm": {}, "other": {"scores": "self", "train.keep": 0.7}}

@@ -50,7 +50,7 @@ def made(scores: Config, write_config: Any, corpus_tools: SimpleNamespace, tmp_p
         "arms": {
             "clm": {"train.objective": "clm"},
             "slm": {"train.keep": 0.5},
-            "slm-then-clm": {"train.objective": "clm", "after": "slm", "like": "clm"},
+            "slm-then-clm": {"train.objective": "clm", "after": "slm"},
         },
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raw))
@@ -79,7 +79,7 @@ def test_an_experiment_that_is_stopped_goes_on_by_the_same_command_and_leaves_fi
     assert second.returncode == 0, second.stdout + second.stderr
     after = finals(made)
     assert (
-        len(after) == 6 and before.items() <= after.items()
+        len(after) == 7 and before.items() <= after.items()
     )  # two arms at two rates, one half as long, one after another
     results_hold(made.parent / "out")
     conduct(load_experiment(made), made.parent / "base.yaml", workers=1)
@@ -98,7 +98,7 @@ def metrics_of(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 def results_hold(root: Path) -> None:
     """The table says what metrics and choice say: the test set chose nothing."""
     rows = pq.read_table(root / "results.parquet").to_pylist()
-    assert len(rows) == 6 == len(list(csv.DictReader((root / "results.csv").open())))
+    assert len(rows) == 7 == len(list(csv.DictReader((root / "results.csv").open())))
     for row in rows:
         evals = metrics_of(row, "eval")
         assert row["test_final"] == evals[-1]["target_loss"] and row["validation_final"] == evals[-1]["validation_loss"]
@@ -112,7 +112,7 @@ def results_hold(root: Path) -> None:
     judged = {row["arm"]: row["test_final"] for row in rows if row["chosen"] and row["length"] == 1}
     assert summary["slm"]["difference"]["mean"] == judged["slm"] - judged["clm"]
     assert summary["clm"]["difference"]["mean"] == 0 and "slm" in (root / "summary.md").read_text()
-    then = next(row for row in rows if row["arm"] == "slm-then-clm")
+    then = next(row for row in rows if row["arm"] == "slm-then-clm" and row["chosen"])
     first = next(row for row in rows if row["arm"] == "slm" and row["chosen"])
     own = metrics_of(then, "train")[-1]["tokens_seen"]
     assert 0 < own < then["tokens"] == first["tokens"] + own

@@ -78,9 +78,7 @@ def test_an_experiment_that_is_stopped_goes_on_by_the_same_command_and_leaves_fi
     second = subprocess.run(command(made, "--workers", 2), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert second.returncode == 0, second.stdout + second.stderr
     after = finals(made)
-    assert (
-        len(after) == 7 and before.items() <= after.items()
-    )  # two arms at two rates, one half as long, one after another
+    assert len(after) == 7 and before.items() <= after.items()  # three arms at two rates, one of them half as long too
     results_hold(made.parent / "out")
     conduct(load_experiment(made), made.parent / "base.yaml", workers=1)
     assert finals(made) == after

@@ -10,6 +10,7 @@ Point = tuple[float, float]
 Band = tuple[float, float, float]  # x, lowest y, highest y
 
 LABEL_GAP = 16
+LETTER = 7.8  # width of a bold letter of the figures, at most, on the average
 EARLY = 0.05  # a curve's first twentieth may leave the plot at the top, or the end would be a flat line
 
 # Okabe and Ito's palette: told apart with any kind of colour vision; lightness follows the background. The last four are
@@ -145,7 +146,9 @@ def drawn(
 
 def ranges(rows: Sequence[Range], label: str) -> str:
     """Rows of dots around zero, with mean and standard deviation of each, for a wide page and for a phone."""
-    phone, wide = (_ranges(rows, label, size) for size in (replace(PHONE, left=14), replace(WIDE, left=190, right=140)))
+    names = round(20 + LETTER * max(len(row.name) for row in rows))
+    sizes = replace(PHONE, left=14), replace(WIDE, left=max(190, names), right=140)
+    phone, wide = (_ranges(rows, label, size) for size in sizes)
     return f'<div class="wide-page">{wide}</div><div class="phone">{phone}</div>'
 
 

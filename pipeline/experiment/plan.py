@@ -222,10 +222,8 @@ def wanted(experiment: Experiment, losses: Mapping[Run, float]) -> list[Run]:
     losses: validation nats of the finished runs; infinite where training broke down. What comes after an arm waits until that
     one's point is chosen: before, it is not known which model it starts from.
     """
-    choices = choices_of(experiment, losses)
-    return [
-        run for run in missing(experiment, losses) if (experiment.arms[run.arm].after or run.arm) in {run.arm, *choices}
-    ]
+    known = {None, *choices_of(experiment, losses)}
+    return [run for run in missing(experiment, losses) if experiment.arms[run.arm].after in known]
 
 
 def missing(experiment: Experiment, losses: Mapping[Run, float]) -> list[Run]:
